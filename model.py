@@ -1,0 +1,548 @@
+"""GPT-2 and Llama 3 as settings of the same parts, from token ids to logits and to generated text.
+
+Read downwards: settings, presets, positions (RoPE), KV cache, attention, MLP, block, model, generation, device.
+Shapes: B sequences, T new positions, S attended positions (cached + new), C channels, H query heads, Hkv key/value
+heads, D channels per head, F MLP channels, V vocabulary, L layers.
+
+GPT-2: Radford et al. 2019. Llama 3: arXiv:2407.21783. RoPE: arXiv:2104.09864. RMSNorm: arXiv:1910.07467. SwiGLU and
+its kin: arXiv:2002.05202. Grouped-query attention: arXiv:2305.13245. QK-norm: arXiv:2010.04245.
+"""
+
+import contextlib
+import math
+import typing
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """A model's shape and parts. None means: derived from the others, in __post_init__. Raises ValueError if impossible."""
+
+    # model: the defaults are GPT-2 124M without biases
+    vocab_size: int = 50257  # tokens; train.py takes it from the tokenizer
+    block_size: int = 1024  # tokens of context
+    n_layer: int = 12  # blocks; 0 makes the bigram model
+    n_head: int = 12  # query heads of each attention
+    n_kv_head: int | None = None  # key/value heads, n_head where None: fewer is grouped-query, 1 multi-query attention
+    n_embd: int = 768  # channels
+    head_dim: int | None = None  # channels of a head, n_embd / n_head where None
+    n_inner: int | None = None  # MLP channels; where None 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
+    dropout: float = 0.0  # share of activations dropped in training
+    bias: bool = False  # biases in linear layers and LayerNorms
+    qkv_bias: bool | None = None  # biases of the query, key and value projections, as `bias` where None
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, before the MLP, before the head
+    norm_eps: float = 1e-5  # added to the variance or mean square
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # gelu in its tanh form; relu2 is ReLU squared
+    pos: Literal["learned", "rope"] = "learned"  # positions: an embedding, or a rotation of queries and keys
+    rope_theta: float = 10000.0  # slowest wavelength of the rotation is about 2 pi rope_theta positions
+    rope_scaling: dict | None = None  # Llama 3.1: {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    qk_norm: bool = False  # queries and keys divided by their root mean square, without a weight
+    tie_weights: bool = True  # the head uses the token embedding's matrix
+    attention: Literal["auto", "sdpa", "explicit"] = "auto"  # auto: the explicit product for short blocks on CPU, else sdpa
+
+    def __post_init__(self):
+        for field in fields(GPTConfig):
+            options, value = typing.get_args(field.type), getattr(self, field.name)
+            if typing.get_origin(field.type) is Literal and value not in options:
+                raise ValueError(f"{field.name}={value!r} must be one of {' '.join(options)}")
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        for name in ("vocab_size", "block_size", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_layer < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"n_layer={self.n_layer} must not be negative and dropout={self.dropout} must lie in [0, 1)")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: change either")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(
+                    f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, so that heads get equal channels: "
+                    "change either, or set head_dim"
+                )
+            self.head_dim = self.n_embd // self.n_head
+        if self.pos == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even, since RoPE rotates pairs: change n_embd or n_head")
+        if self.n_inner is None:
+            self.n_inner = 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+
+
+def gpt2(**shape):
+    return GPTConfig(vocab_size=50257, block_size=1024, bias=True, **shape)
+
+
+def llama3(factor=None, **shape):
+    """Published constants of Llama 3; `factor` is the context extension of 3.1 (8) and of the small 3.2 models (32)."""
+    scaling = factor and {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    parts = dict(norm="rmsnorm", mlp="swiglu", pos="rope", rope_theta=500000.0, rope_scaling=scaling, n_kv_head=8)
+    return GPTConfig(vocab_size=128256, block_size=131072 if factor else 8192, **parts, **shape)
+
+
+# Shapes of published models: Radford et al. 2019, table 2; arXiv:2407.21783, table 3; Llama 3.2's config.json.
+PRESETS = {
+    "gpt2": gpt2(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": gpt2(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": gpt2(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": gpt2(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+    "llama3-8b": llama3(n_layer=32, n_head=32, n_embd=4096, n_inner=14336, tie_weights=False),
+    "llama3-70b": llama3(n_layer=80, n_head=64, n_embd=8192, n_inner=28672, tie_weights=False),
+    "llama3.1-8b": llama3(8.0, n_layer=32, n_head=32, n_embd=4096, n_inner=14336, tie_weights=False),
+    "llama3.1-70b": llama3(8.0, n_layer=80, n_head=64, n_embd=8192, n_inner=28672, tie_weights=False),
+    "llama3.2-1b": llama3(32.0, n_layer=16, n_head=32, n_embd=2048, n_inner=8192),
+    "llama3.2-3b": llama3(32.0, n_layer=28, n_head=24, n_embd=3072, n_inner=8192),
+}
+
+
+def rope_frequencies(config):
+    """Radians per position of each rotated pair of channels, (D / 2,) float32 on the CPU.
+
+    Llama 3.1's scaling keeps the pairs that turn often within the original context, divides the frequency of those that
+    turn less than once by `factor`, and blends between. Source: arXiv:2104.09864; Meta's llama-models, apply_scaling.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim  # (D / 2,)
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    scaling = config.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 keeps the frequency, 0 divides it
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+def apply_rope(x, cos, sin):
+    """Rotate pairs of channels by the angle of their position, in float32; the result has the dtype of x.
+
+    x (B, T, H, D); cos, sin (T, 1, D / 2) or (B, T, 1, D / 2) of angles in radians -> (B, T, H, D).
+    Channel i pairs with i + D / 2, as in Hugging Face checkpoints; in Meta's, 2i pairs with 2i + 1.
+    Source: RoFormer, arXiv:2104.09864.
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)  # (B, T, H, D / 2) each
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for every layer; row b has seen `lengths[b]` of at most max_len.
+
+    Rows may differ in length: a batch of prompts is right-padded, prefilled at once, and the lengths are then set to the
+    true ones. What lies beyond a row's length is never attended to, and is overwritten as the row grows.
+    """
+
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, Hkv, max_len, D)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_len = max_len
+        self.length = 0  # positions of the longest row
+        self.lengths = None  # (B,) where rows differ; None where all have `length`
+
+    def set_lengths(self, lengths):
+        """Declare how much of each right-padded row is real: lengths (B,), in positions."""
+        self.length = int(lengths.max())
+        self.lengths = None if bool((lengths == self.length).all()) else lengths
+
+    def positions(self, T):
+        """Where the next T tokens stand: (T,), or (B, T) where rows differ."""
+        new = torch.arange(T, device=self.k.device)
+        return self.length + new if self.lengths is None else self.lengths[:, None] + new
+
+    def advance(self, T):
+        self.length += T
+        if self.lengths is not None:
+            self.lengths = self.lengths + T
+
+    def append(self, layer, k, v, positions):
+        """Store k, v (B, Hkv, T, D) at `positions`; all keys and values up to the longest row, (B, Hkv, S, D) each."""
+        S = self.length + k.shape[2]
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.lengths is None:
+                store[:, :, self.length : S] = new
+            else:
+                rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
+                store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, Hkv, D)
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+
+def causal_mask(positions, S):
+    """0 where a position may attend to one at or before it, -inf elsewhere: (T, S), or (B, 1, T, S) where rows differ."""
+    later = torch.arange(S, device=positions.device) > positions[..., None]  # (T, S) or (B, T, S)
+    mask = torch.zeros(later.shape, device=positions.device).masked_fill(later, float("-inf"))
+    return mask if mask.ndim == 2 else mask[:, None]
+
+
+def attention_weights(q, k, mask):
+    """Softmax of the scaled products: q (B, H, T, D), k (B, Hkv, S, D), mask of causal_mask or None -> (B, H, T, S)."""
+    B, H, T, D = q.shape
+    Hkv, S = k.shape[1:3]
+    q = (q * D**-0.5).reshape(B, Hkv, H // Hkv * T, D)  # the query heads of a group stand under each other
+    scores = (q @ k.transpose(-2, -1)).view(B, H, T, S)
+    return F.softmax(scores if mask is None else scores + mask.to(scores.dtype), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: multi-head, grouped-query (n_kv_head < n_head) or multi-query (n_kv_head = 1)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.kind, self.dropout = layer, config.attention, config.dropout
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.rope, self.qk_norm = config.pos == "rope", config.qk_norm
+        # one product for queries, keys and values, in this order
+        self.qkv_proj = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.bias)
+        self.o_dropout = nn.Dropout(config.dropout)
+
+    def queries_keys_values(self, x, rotation):
+        """x (B, T, C) -> q (B, H, T, D) and k, v (B, Hkv, T, D), normalised and rotated where the config says so."""
+        B, T, _ = x.shape
+        H, Hkv = self.n_head, self.n_kv_head
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * Hkv, self.head_dim)
+        qk, v = qkv.split([H + Hkv, Hkv], dim=2)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (self.head_dim,))
+        if self.rope:
+            qk = apply_rope(qk, *rotation)
+        q, k = qk.split([H, Hkv], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, positions, rotation, mask, cache=None):
+        B, T, _ = x.shape
+        q, k, v = self.queries_keys_values(x, rotation)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, positions)  # (B, Hkv, S, D)
+        S = k.shape[2]
+        dropout = self.dropout if self.training else 0.0
+        # on two CPU cores the explicit product was 1.1 to 5 times as fast as SDPA up to 1024 positions
+        if self.kind == "explicit" or self.kind == "auto" and x.device.type == "cpu" and T * S <= 1024 * 1024:
+            weights = F.dropout(attention_weights(q, k, mask), dropout)  # (B, H, T, S)
+            groups = weights.view(B, self.n_kv_head, -1, S)
+            y = (groups @ v).view(B, self.n_head, T, self.head_dim)  # (B, H, T, D)
+        else:
+            causal = mask is not None and mask.ndim == 2 and T == S  # SDPA's own mask is right only where T equals S
+            attn_mask = None if causal or mask is None else mask.to(q.dtype)
+            gqa = self.n_kv_head != self.n_head
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=causal, enable_gqa=gqa)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
+        return self.o_dropout(self.o_proj(y))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Two layers with a nonlinearity between: GELU (GPT-2) or ReLU squared (arXiv:2109.08668)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.relu2 = config.mlp == "relu2"
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.up_proj(x)  # (B, T, F)
+        x = F.relu(x).square() if self.relu2 else F.gelu(x, approximate="tanh")
+        return self.dropout(self.down_proj(x))  # (B, T, C)
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP of Llama: silu(gate) * up, then down. Meta's names are w1 (gate), w3 (up), w2 (down)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
+        return self.dropout(self.down_proj(x))  # (B, T, C)
+
+
+def norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on a normalised copy of the residual stream and added back to it."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm = norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
+
+    def forward(self, x, positions, rotation, mask, cache=None):
+        x = x + self.attn(self.attn_norm(x), positions, rotation, mask, cache)  # (B, T, C)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.tok_emb.weight
+        # no buffer: .to(bfloat16) would round its angles, and DDP would broadcast it at every forward
+        self.frequencies = rope_frequencies(config) if config.pos == "rope" else None  # (D / 2,)
+        if self.tok_emb.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fresh weights, in reading order: GPT-2's N(0, 0.02), biases zero, norms one."""
+        std = 0.02
+        residual_std = std / math.sqrt(2 * max(1, len(self.blocks)))  # 2 L sums into the residual stream keep its scale
+        nn.init.normal_(self.tok_emb.weight, std=std)
+        if self.pos_emb is not None:
+            nn.init.normal_(self.pos_emb.weight, std=std)
+        for block in self.blocks:
+            inner = [block.attn.qkv_proj, block.mlp.up_proj]
+            inner += [block.mlp.gate_proj] if isinstance(block.mlp, SwiGLU) else []
+            for linear in inner:
+                nn.init.normal_(linear.weight, std=std)
+            for linear in (block.attn.o_proj, block.mlp.down_proj):
+                nn.init.normal_(linear.weight, std=residual_std)
+            for linear in (*inner, block.attn.o_proj, block.mlp.down_proj):
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+            block.attn_norm.reset_parameters()
+            block.mlp_norm.reset_parameters()
+        self.final_norm.reset_parameters()
+        if not self.config.tie_weights:
+            nn.init.normal_(self.head.weight, std=std)
+
+    def embed(self, idx, cache=None):
+        """What the first block reads: x (B, T, C); positions (T,) or (B, T); rotation, the cosines and sines of RoPE; mask."""
+        T = idx.shape[1]
+        S = T if cache is None else cache.length + T
+        limit = self.config.block_size if cache is None else min(self.config.block_size, cache.max_len)
+        if S > limit:
+            raise ValueError(f"{S} positions do not fit in {limit} (block_size, or the cache): shorten the text or enlarge it")
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
+        mask = None if T == 1 and positions.ndim == 1 else causal_mask(positions, S)  # (T, S) or (B, 1, T, S)
+        x = self.tok_emb(idx)  # (B, T, C)
+        if self.pos_emb is not None:
+            return self.dropout(x + self.pos_emb(positions)), positions, None, mask
+        self.frequencies = self.frequencies.to(idx.device)
+        angles = positions[..., None, None] * self.frequencies  # (T, 1, D / 2) or (B, T, 1, D / 2)
+        return self.dropout(x), positions, (angles.cos(), angles.sin()), mask
+
+    def hidden(self, idx, cache=None):
+        """The normalised residual stream that the head reads: idx (B, T) -> (B, T, C). Appends to the cache, if there is one."""
+        x, positions, rotation, mask = self.embed(idx, cache)
+        for block in self.blocks:
+            x = block(x, positions, rotation, mask, cache)  # (B, T, C)
+        if cache is not None:
+            cache.advance(idx.shape[1])
+        return self.final_norm(x)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Logits (B, T, V) in float32 and, where targets are given, the mean cross-entropy in nats; else None.
+
+        idx (B, T) int64; targets (B, T), already shifted: targets[b, t] follows idx[b, t]; -100 is not scored.
+        """
+        logits = self.head(self.hidden(idx, cache)).float()  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # a mean over nothing would be NaN, so the count is at least 1
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return logits, total / (targets != -100).sum().clamp(min=1)
+
+    @torch.no_grad()
+    def attention_maps(self, idx):
+        """What each position attends to, by the explicit product: idx (B, T) -> (L, B, H, T, T), rows summing to 1."""
+        x, positions, rotation, mask = self.embed(idx)
+        maps = []
+        for block in self.blocks:
+            q, k, _ = block.attn.queries_keys_values(block.attn_norm(x), rotation)
+            maps.append(attention_weights(q, k, mask))  # (B, H, T, T)
+            x = block(x, positions, rotation, mask)
+        return torch.stack(maps)
+
+    def new_cache(self, batch_size, max_len):
+        """An empty KVCache for batch_size rows of at most max_len positions, in the dtype of the weights."""
+        return KVCache(self.config, batch_size, max_len, self.device, self.dtype)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=1.0,
+        stop=(),
+        lengths=None,
+        generator=None,
+        logprobs=False,
+    ):
+        """Yield the next id of every row, (B,), until max_new_tokens are made or every row has given one of `stop`.
+
+        idx (B, T); lengths (B,): how much of each right-padded row is real, all of it where None. A finished row repeats
+        its stop id. With logprobs, yields (ids, log-probabilities (B, V)) of the model itself, before temperature, penalty
+        and filters. Past block_size the last half of each row is kept and prefilled again. Filters: see `sample`.
+        """
+        B, T = idx.shape
+        block_size = self.config.block_size
+        lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths.clone()
+        text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + new), row b's text is its first lengths[b]
+        rows, columns = torch.arange(B, device=idx.device), torch.arange(text.shape[1], device=idx.device)
+        real = columns < lengths[:, None]  # (B, T + new)
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=idx.device)
+        seen[rows[:, None].expand_as(text)[real], text[real]] = True
+        stops = torch.tensor(sorted(stop), device=idx.device, dtype=torch.int64)
+        finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        cache, next_ids = None, None
+        for step in range(max_new_tokens):
+            if cache is None or cache.length == block_size:
+                # prefill the text, or where it does not fit the last half block of it
+                keep = lengths if cache is None and int(lengths.max()) <= block_size else lengths.clamp(max=max(1, block_size // 2))
+                offset = (lengths - keep)[:, None] + columns[: int(keep.max())]  # (B, longest)
+                window = text.gather(1, offset.clamp(max=text.shape[1] - 1))
+                cache = self.new_cache(B, min(block_size, window.shape[1] + max_new_tokens - step))
+                x = self.hidden(window, cache)[rows, keep - 1]  # (B, C)
+                cache.set_lengths(keep)
+            else:
+                x = self.hidden(next_ids[:, None], cache)[:, 0]
+            logits = self.head(x).float()  # (B, V)
+            next_ids = sample(penalise(logits, seen, repetition_penalty), temperature, top_k, top_p, min_p, generator)  # (B,)
+            if step > 0:
+                next_ids = torch.where(finished, last_ids, next_ids)
+            yield (next_ids, F.log_softmax(logits, dim=-1)) if logprobs else next_ids
+            finished = finished | torch.isin(next_ids, stops)
+            if len(stops) and bool(finished.all()):
+                return
+            text[rows, lengths] = next_ids
+            seen[rows, next_ids] = True
+            lengths, last_ids = lengths + 1, next_ids
+
+    def generate(self, idx, max_new_tokens, **options):
+        """idx (B, T) -> (B, T + new): the prompts as given, then from column T on what `stream(**options)` yields."""
+        new = list(self.stream(idx, max_new_tokens, **options))
+        return torch.cat([idx, *(ids[:, None] for ids in new)], dim=1)
+
+    @property
+    def device(self):
+        return self.tok_emb.weight.device
+
+    @property
+    def dtype(self):
+        return self.tok_emb.weight.dtype
+
+    def parameter_count(self):
+        """Parameters, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T=None):
+        """Floating-point operations of training on one token in a sequence of T (block_size where None): 3 forward passes.
+
+        Every weight that multiplies (not the embeddings that are looked up) costs 2 a pass, the two attention products
+        4 H D T, the causal half not subtracted. Source: PaLM, arXiv:2204.02311, appendix B.
+        """
+        config, T = self.config, T or self.config.block_size
+        looked_up = (self.pos_emb.weight.numel() if self.pos_emb else 0) + (0 if config.tie_weights else self.tok_emb.weight.numel())
+        attention = 4 * config.n_layer * config.n_head * config.head_dim * T
+        return 3 * (2 * (self.parameter_count() - looked_up) + attention)
+
+    def summary(self):
+        """One paragraph: the parts, parameters, FLOPs per token, and the memory of weights, training state and cache."""
+        c, n = self.config, self.parameter_count()
+        cache_bytes = 2 * c.n_layer * c.n_kv_head * c.head_dim * c.block_size * self.tok_emb.weight.element_size()
+        return (
+            f"{n:,} parameters: {c.n_layer} blocks of {c.n_head} heads ({c.n_kv_head} for keys and values) x {c.head_dim}, "
+            f"{c.n_embd} channels, {c.n_inner} in {c.mlp}, {c.norm}, {c.pos} positions, vocabulary {c.vocab_size:,}\n"
+            f"{self.flops_per_token() / 1e6:,.1f} MFLOP per trained token; memory: weights {4 * n / 1e6:,.0f} MB in float32, "
+            f"{16 * n / 1e6:,.0f} MB with gradients and Adam's moments, cache {cache_bytes / 1e6:,.1f} MB a sequence of {c.block_size}"
+        )
+
+
+def penalise(logits, seen, penalty):
+    """Make seen ids less likely: positive logits divided by the penalty, negative multiplied. Source: CTRL, arXiv:1909.05858.
+
+    logits (B, V); seen (B, V) bool.
+    """
+    if penalty == 1.0:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
+    """Draw an id from each row: logits (B, V) -> (B,); temperature 0 takes the likeliest.
+
+    In this order: top_k keeps the k likeliest; min_p those at least min_p times as likely as the likeliest
+    (arXiv:2407.01082); top_p the fewest that hold top_p of the probability (arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, [-1]]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    probs = F.softmax(logits, dim=-1)  # (B, V)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    if top_p is not None:
+        ordered, ids = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)  # the first is always kept
+        probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def choose_device(name="auto"):
+    """A torch.device for 'auto' (cuda, else mps, else cpu) or for the name given. Raises ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from error
+    missing = device.type == "cuda" and not torch.cuda.is_available() or device.type == "mps" and not torch.backends.mps.is_available()
+    if missing:
+        raise ValueError(f"device={name} is not available to this torch ({torch.__version__}): use --device=cpu, or install a torch for it")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device={name} but there are {torch.cuda.device_count()} GPUs, counted from 0: choose one of them")
+    return device
+
+
+def choose_dtype(name, device):
+    """The dtype of matrix products for 'auto', 'float32', 'bfloat16' or 'float16'. auto is bfloat16 where it is fast.
+
+    On a CPU that is where the processor multiplies bfloat16 itself: emulated, it is slower than float32.
+    """
+    if name != "auto":
+        names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if name not in names:
+            raise ValueError(f"dtype={name!r} must be one of auto {' '.join(names)}")
+        return names[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in dtype and the float32 weights stay as they are."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -1,0 +1,574 @@
+"""Train a model: `python train.py config/shakespeare_char.py --key=value`, or under torchrun on several devices.
+
+A run is a function of (config, step): the rows of step s, its dropout noise and its learning rate come from the seed and
+s alone. So evaluating more often changes nothing, and a run that was killed and resumed ends in the weights it would
+have had. The step itself is in `train`, whole.
+"""
+
+import ctypes
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import bpe
+import checkpoint
+import config
+import prepare
+from model import GPT, PRESETS, GPTConfig, autocast, choose_device, choose_dtype
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Settings(GPTConfig):
+    """Everything a run depends on. GPTConfig's settings come first; names and defaults are nanoGPT's where it has one."""
+
+    # what to train, and where it goes
+    init_from: str = "scratch"  # scratch | resume (from out_dir) | auto (resume if there is a checkpoint) | gpt2... or a folder
+    dataset: str = "openwebtext"  # a name under data/, or a folder
+    out_dir: str = "out"  # checkpoints, metrics.jsonl, loss.png; the next free name is taken if it holds a run
+    overwrite: bool = False  # reuse an out_dir that holds another run
+    seed: int = 1337  # of weights, data order and noise
+    # evaluation and logging
+    eval_interval: int = 2000  # steps between evaluations
+    eval_iters: int | None = 200  # evenly spaced batches of the validation split in one estimate; None takes the whole split
+    eval_only: bool = False  # evaluate once and stop
+    log_interval: int = 1  # steps between lines of metrics.jsonl
+    checkpoint_interval: int | None = None  # steps between checkpoints, eval_interval where None
+    always_save_checkpoint: bool = True  # nanoGPT's; here the last two checkpoints and the best are always kept
+    sample_tokens: int | None = 100  # length of the text sampled at each evaluation; None for no text
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = "glassgpt"  # its project
+    wandb_run_name: str = "run"  # its run
+    # one step
+    batch_size: int = 12  # sequences of one micro-step
+    gradient_accumulation_steps: int = 40  # micro-steps of one step, over all processes
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no limit
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    learning_rate: float = 6e-4  # largest, of AdamW
+    muon_lr: float = 0.02  # largest, of Muon
+    weight_decay: float = 0.1  # of matrices and embeddings
+    beta1: float = 0.9  # decay of AdamW's mean
+    beta2: float = 0.95  # decay of AdamW's mean square
+    max_iters: int = 600000  # steps (updates) of the run
+    decay_lr: bool = True  # warm up and decay; else learning_rate throughout
+    warmup_iters: int = 2000  # steps of linear warm-up
+    lr_decay_iters: int = 600000  # step at which the cosine reaches min_lr
+    min_lr: float = 6e-5  # where the cosine ends, in units of learning_rate's
+    patience: int | None = None  # stop after this many evaluations without a better one
+    max_minutes: float | None = None  # stop, with a checkpoint, after this time; the schedule stays what it is
+    # machine
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU
+    backend: str | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive = ("eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "batch_size", "gradient_accumulation_steps")
+        for name in (*positive, "sample_tokens", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1" + (", or None" if name not in positive[:3] else ""))
+        if self.max_iters < 0 or self.learning_rate <= 0 or self.grad_clip < 0:
+            raise ValueError(
+                f"max_iters={self.max_iters} and grad_clip={self.grad_clip} must not be negative, learning_rate={self.learning_rate} must be positive"
+            )
+        if self.checkpoint_interval is None:
+            self.checkpoint_interval = self.eval_interval
+
+
+MEANING = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "attention")] + ["dataset"]  # fixed once a run began
+CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout grad_clip optimizer learning_rate muon_lr weight_decay beta1
+beta2 decay_lr warmup_iters lr_decay_iters min_lr dtype""".split()  # may change on resumption, with a line that says so
+
+
+def model_config(settings, vocab_size):
+    """The GPTConfig among the settings, with the tokenizer's vocabulary."""
+    return GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)} | {"vocab_size": vocab_size})
+
+
+class Windows:
+    """The training split as an endless list of rows (block_size + 1,): row r is a function of the seed and r alone.
+
+    An epoch goes through the shards, and through the windows within a shard, in a seeded order without replacement; each
+    epoch has its own order, and each shard in it its own offset, so that windows are cut elsewhere every time.
+    """
+
+    def __init__(self, shards, block_size, seed):
+        self.T, self.seed = block_size, seed
+        self.shards = [shard for shard in shards if len(shard) > block_size]
+        # one window less than fit, so that every offset below block_size leaves as many
+        self.counts = [max(1, len(shard) // block_size - 1) for shard in self.shards]
+        self.epoch_rows = sum(self.counts)
+        if not self.epoch_rows:
+            longest = max((len(shard) for shard in shards), default=0)
+            raise ValueError(f"the training text has {longest} tokens but block_size={block_size} needs one more than that: lower block_size or add text")
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (one object per run)
+    def order(self, epoch):
+        """The order of the shards in an epoch, and the row at which each begins and the last ends."""
+        shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
+        return shards, np.cumsum([0, *(self.counts[s] for s in shards)])
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def starts(self, epoch, shard):
+        """First token of each window of a shard, in the order of that epoch."""
+        random, T = np.random.default_rng((self.seed, epoch, shard)), self.T
+        offset = random.integers(min(T, len(self.shards[shard]) - self.counts[shard] * T))
+        return offset + T * random.permutation(self.counts[shard])
+
+    def rows(self, first, count):
+        """Rows first to first + count - 1: (count, T + 1) int64 tensor; its inputs are [:, :-1], its targets [:, 1:]."""
+        pieces = []
+        while count:
+            epoch, row = divmod(first, self.epoch_rows)
+            shards, begins = self.order(epoch)
+            place = int(np.searchsorted(begins, row, side="right")) - 1
+            shard = int(shards[place])
+            starts = self.starts(epoch, shard)[row - begins[place] :][:count]
+            pieces.append(self.shards[shard][starts[:, None] + np.arange(self.T + 1)].astype(np.int64))
+            first, count = first + len(starts), count - len(starts)
+        return torch.from_numpy(np.concatenate(pieces))
+
+
+def evaluation_batches(shards, block_size, batch_size, eval_iters):
+    """Yield (idx, targets), each (b, T), over the windows of a split: window i of a shard is its tokens iT to iT + T.
+
+    The last window may be shorter (its targets are padded with -100), so every token after a shard's first is scored once.
+    With eval_iters, that many evenly spaced batches.
+    """
+    windows = [(shard, start) for shard in shards for start in range(0, len(shard) - 1, block_size)]
+    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    if eval_iters is not None and eval_iters < len(batches):
+        batches = [batches[i * len(batches) // eval_iters] for i in range(eval_iters)]
+    for batch in batches:
+        idx = torch.zeros(len(batch), block_size, dtype=torch.int64)
+        targets = torch.full((len(batch), block_size), -100)
+        for row, (shard, start) in enumerate(batch):
+            tokens = torch.from_numpy(shard[start : start + block_size + 1].astype(np.int64))
+            idx[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+        yield idx, targets
+
+
+@torch.no_grad()
+def estimate_loss(model, batches, context, rank=0, world_size=1):
+    """Mean cross-entropy in nats over all scored tokens of the batches; each rank takes its share, all get the mean."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, scored tokens
+    for i, (idx, targets) in enumerate(batches):
+        if i % world_size == rank:
+            scored = int((targets != -100).sum())
+            with context:
+                loss = model(idx.to(model.device), targets.to(model.device))[1]
+            total += torch.tensor([loss.item() * scored, scored], dtype=torch.float64)
+    model.train(was_training)
+    total = all_reduce(total, world_size, model.device)
+    return (total[0] / total[1]).item()
+
+
+def all_reduce(values, world_size, device, op=dist.ReduceOp.SUM):
+    """values (n,) summed, or otherwise reduced, over all processes."""
+    if world_size == 1:
+        return values
+    values = values.to(device, torch.float32 if device.type == "mps" else values.dtype)
+    dist.all_reduce(values, op)
+    return values.cpu()
+
+
+def learning_rate_at(step, settings):
+    """The share of the largest learning rate at which update `step` (from 0) is made: linear warm-up, then a cosine."""
+    s = settings
+    if not s.decay_lr:
+        return 1.0
+    if step < s.warmup_iters:
+        return (step + 1) / (s.warmup_iters + 1)
+    lowest = s.min_lr / s.learning_rate
+    progress = min(1.0, (step - s.warmup_iters) / max(1, s.lr_decay_iters - s.warmup_iters))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model, settings):
+    """AdamW with weight decay on matrices and embeddings only."""
+    weights = list(model.parameters())
+    groups = [
+        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+    for group in optimizer.param_groups:
+        group["largest_lr"] = group["lr"]
+    return optimizer
+
+
+def keep_freed_memory():
+    """Tell glibc to keep what is freed: handing pages back and faulting them in again is a third of a step on a CPU.
+
+    M_TRIM_THRESHOLD, M_MMAP_MAX of mallopt(3). Elsewhere than on glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)
+        mallopt(-4, 0)
+    except (OSError, AttributeError):
+        pass
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGUSR1 (Slurm's warning), for the loop to save and stop; a second SIGINT exits at once."""
+
+    def __init__(self):
+        self.received = 0
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            signal.signal(getattr(signal, name), self.note)
+
+    def note(self, number, frame):
+        if number == self.received == signal.SIGINT:
+            os._exit(128 + number)  # nothing is half written: checkpoints are renamed into place
+        self.received = number
+
+
+class Run:
+    """What a run knows of itself beside model and optimizer: its place, its folder, its best loss, how to save."""
+
+    def __init__(self, settings, dataset, state, is_main):
+        self.settings, self.dataset, self.is_main, self.folder = settings, dataset, is_main, Path(settings.out_dir)
+        self.step = state["step"] if state else 0
+        self.best_val_loss = state["best_val_loss"] if state else math.inf
+        self.evaluations_without_better = state["evaluations_without_better"] if state else 0
+        self.saved_step = self.step if state else None
+
+    def save(self, model, optimizer, scaler):
+        """Write the checkpoint of this step, once, from the main process. A failure is reported and training goes on."""
+        if not self.is_main or self.saved_step == self.step:
+            return
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "best_val_loss": self.best_val_loss,
+            "evaluations_without_better": self.evaluations_without_better,
+            "settings": asdict(self.settings),
+            "model_config": asdict(model.config),
+            "tokenizer": self.dataset.tokenizer_dict,
+            "data": self.dataset.sha256,
+        }
+        try:
+            checkpoint.save(self.folder, self.step, state)
+            self.saved_step = self.step
+        except OSError as error:
+            say(f"WARNING: no checkpoint at step {self.step}: {error}; training goes on, {self.last_checkpoint()}")
+
+    def note_evaluation(self, val_loss, model, optimizer, scaler):
+        """Count the evaluation, and where its loss is the lowest so far, make this step's checkpoint the best."""
+        self.evaluations_without_better += 1
+        if val_loss < self.best_val_loss:
+            self.best_val_loss, self.evaluations_without_better = val_loss, 0
+            self.save(model, optimizer, scaler)
+            if self.is_main and self.saved_step == self.step:
+                checkpoint.mark_best(self.folder, self.step)
+
+    def last_checkpoint(self):
+        steps = checkpoint.saved_steps(self.folder)
+        return f"the last checkpoint is {checkpoint.checkpoint_path(self.folder, steps[-1])}" if steps else "there is no checkpoint yet"
+
+
+def make_batch(rows, device):
+    """rows (b, T + 1) -> idx (b, T) and targets (b, T) on the device, without waiting for the copy on a GPU."""
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    rows = rows.to(device)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def train(model, optimizer, scaler, run, progress, rank=0, world_size=1):
+    """Update the model from run.step to max_iters. Returns the number of the signal that stopped it, or 0.
+
+    At the top of round `step`, `step` updates are done: there the run saves first, then evaluates.
+    """
+    s, device, signals = run.settings, model.device, StopSignals()
+    context = autocast(device, choose_dtype(s.dtype, device))
+    windows = Windows(run.dataset.splits["train"], s.block_size, s.seed)
+    G = s.batch_size * s.gradient_accumulation_steps  # sequences of one step, over all processes
+    share = G // world_size  # of them are this rank's
+    wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    rows = windows.rows(run.step * G + rank * share, share)  # (share, T + 1)
+    skipped_in_a_row, stop = 0, 0
+    model.train()
+
+    for step in range(run.step, s.max_iters + 1):
+        run.step, is_last = step, step == s.max_iters
+        out_of_time = s.max_minutes is not None and progress.seconds() > 60 * s.max_minutes
+        stop, out_of_time = all_reduce(torch.tensor([signals.received, out_of_time]), world_size, device, dist.ReduceOp.MAX).tolist()
+        ends = is_last or stop or out_of_time
+        if step and (ends or step % s.checkpoint_interval == 0):
+            run.save(model, optimizer, scaler)
+        if step and not stop and (ends or step % s.eval_interval == 0):
+            val_loss = estimate_loss(model, run.evaluation_batches(), context, rank, world_size)
+            run.note_evaluation(val_loss, model, optimizer, scaler)
+            progress.evaluated(step, val_loss, model)
+        if ends or (s.patience and run.evaluations_without_better >= s.patience):
+            break
+
+        # one update: learning rate and noise are functions of the step, the gradient is the mean over all G rows
+        for group in optimizer.param_groups:
+            group["lr"] = group["largest_lr"] * learning_rate_at(step, s)
+        torch.manual_seed(noise_seed(s.seed, step, rank))
+        loss_sum = torch.zeros((), device=device)
+        for first in range(0, share, s.batch_size):
+            idx, targets = make_batch(rows[first : first + s.batch_size], device)  # (b, T) each
+            if world_size > 1:  # gradients are exchanged in the last backward pass only; DDP reads this in its forward
+                wrapped.require_backward_grad_sync = first + s.batch_size >= share
+            with context:
+                _, loss = wrapped(idx, targets)
+            loss = loss * (len(idx) / share)
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        rows = windows.rows((step + 1) * G + rank * share, share)  # read while a GPU still works
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
+        if math.isfinite(grad_norm) or scaler.is_enabled():  # a scaler skips such a step itself, and lowers its scale
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
+        if skipped_in_a_row == MAX_SKIPPED:
+            raise ValueError(
+                f"the gradient of {MAX_SKIPPED} steps in a row, up to {step}, is not finite: lower learning_rate={s.learning_rate} "
+                f"and resume; {run.last_checkpoint()}"
+            )
+        progress.stepped(step + 1, loss_sum, grad_norm, skipped_in_a_row)
+    return stop
+
+
+class Progress:
+    """What a person sees of a run: a bar or lines, metrics.jsonl, loss.png, a sample of text, W&B. Only rank 0 makes one."""
+
+    def __init__(self, run, model):
+        s, self.run, self.model = run.settings, run, model
+        self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+        self.flops_per_step = model.flops_per_token(s.block_size) * self.tokens_per_step
+        self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(model.device)), None)
+        self.started_at = self.logged_at = time.perf_counter()
+        self.logged_step, self.loss_sum, self.train_losses = run.step, 0.0, []
+        path = run.folder / "metrics.jsonl"
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        # a resumed run goes on where its checkpoint was written, and evaluates there again
+        self.lines = [line for line in self.lines if (line["step"], "val_loss" in line) < (run.step, True)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.file = open(path, "a", buffering=1)
+        self.wandb = start_wandb(s) if s.wandb_log else None
+        self.bar = tqdm(total=s.max_iters, initial=run.step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def write(self, **values):
+        self.lines.append(values)
+        self.file.write(json.dumps(values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
+
+    def stepped(self, step, loss, grad_norm, lr):
+        """Note an update: `step` are done, its mean loss is the tensor `loss`. Reads the tensor only when logging."""
+        s = self.run.settings
+        self.loss_sum = self.loss_sum + loss
+        self.bar.update()
+        if step % s.log_interval and step != s.max_iters:
+            return
+        now, steps = time.perf_counter(), step - self.logged_step
+        seconds, mean_loss = (now - self.logged_at) / steps, float(self.loss_sum) / steps
+        self.logged_at, self.logged_step, self.loss_sum = now, step, 0.0
+        self.train_losses.append(mean_loss)
+        rate, flops = self.tokens_per_step / seconds, self.flops_per_step / seconds
+        speed = {"step_ms": round(1e3 * seconds, 3), "tokens_per_s": round(rate), "tflops": round(flops / 1e12, 4)}
+        mfu = {"mfu": round(flops / self.peak_flops, 4)} if self.peak_flops else {}
+        tokens = step * self.tokens_per_step
+        self.write(step=step, tokens=tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, **speed, **mfu)
+        if self.bar.disable:
+            left = time.strftime("%H:%M:%S", time.gmtime((s.max_iters - step) * seconds))
+            print(f"step {step}/{s.max_iters}: loss {mean_loss:.4f}, {1e3 * seconds:.1f} ms, {rate:,.0f} tokens/s, {left} left", flush=True)
+        else:
+            self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
+
+    def evaluated(self, step, val_loss):
+        """Report an evaluation, redraw loss.png, show a sample of text; the time this takes is no step's."""
+        started_at, run = time.perf_counter(), self.run
+        bits = val_loss / math.log(2) / run.dataset.bytes_per_token["val"]
+        train_loss = sum(self.train_losses) / len(self.train_losses) if self.train_losses else None
+        trained = f"train loss {train_loss:.4f} (mean since the last evaluation), " if self.train_losses else ""
+        best = ", the best so far" if run.best_val_loss == val_loss else f", best {run.best_val_loss:.4f}"
+        seconds = started_at - self.started_at
+        say(f"step {step}: {trained}val loss {val_loss:.4f}{best}, {bits:.3f} bits per byte, after {seconds:.1f} s")
+        self.write(step=step, tokens=step * self.tokens_per_step, train_loss=train_loss, val_loss=val_loss, val_bits_per_byte=bits, seconds=seconds)
+        self.train_losses = []
+        if run.settings.sample_tokens:
+            say(sample_text(self.model, run.dataset.tokenizer, run.settings))
+        draw_losses(self.lines, run.folder / "loss.png")
+        self.logged_at += time.perf_counter() - started_at
+
+
+def say(text):
+    """Print above the progress bar, if there is one."""
+    tqdm.write(str(text), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def sample_text(model, tokenizer, settings):
+    """A text of sample_tokens tokens after a newline, from the model as it is; the noise of training is not touched."""
+    was_training = model.training
+    model.eval()
+    idx = torch.tensor([tokenizer.encode("\n")], device=model.device)
+    generator = torch.Generator(model.device).manual_seed(settings.seed)
+    new = model.generate(idx, settings.sample_tokens, temperature=0.8, top_k=200, generator=generator)
+    model.train(was_training)
+    return tokenizer.decode(new[0].tolist()) + "\n"
+
+
+def draw_losses(lines, path):
+    """loss.png: training and validation loss over the tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(line["tokens"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=f"{label} {points[-1][1]:.3f}", linewidth=1, markersize=3)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def start_wandb(settings):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb_log=True but wandb is not installed: pip install wandb, or leave it off") from error
+    wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings))
+    return wandb
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def compiled(model, settings, dataset, context):
+    """Compile the model in place if asked to, or by 'auto' on a GPU; where that fails, say so once and stay eager."""
+    if settings.compile is False or settings.compile == "auto" and model.device.type != "cuda":
+        return
+    rows = Windows(dataset.splits["train"], settings.block_size, settings.seed).rows(0, settings.batch_size)
+    model.compile(dynamic=False)
+    try:
+        with context:
+            model(*make_batch(rows, model.device))[1].backward()
+    except Exception as error:  # whatever the compiler's parts raise where one is missing
+        model._compiled_call_impl = None
+        say(f"compile failed, training goes on without it ({checkpoint.first_line(error)})")
+    model.zero_grad(set_to_none=True)
+
+
+def open_or_prepare(name, world_size):
+    """The dataset; if it is not there, and needs no large download, it is prepared first."""
+    try:
+        return prepare.open_dataset(name)
+    except FileNotFoundError:
+        if world_size > 1 or prepare.download_bytes(name) > 100e6:
+            raise
+    say(f"dataset {name} is not there yet: preparing it")
+    prepare.prepare(prepare.Settings(), name)
+    return prepare.open_dataset(name)
+
+
+def resolve(given):
+    """The settings of this run and the checkpoint state it goes on from, or None.
+
+    On resumption the checkpoint's settings are the base, and given ones override them: those that change what the
+    weights mean are refused, those that change the run are named in a line, the rest pass silently.
+    """
+    init_from = given.get("init_from", "scratch")
+    out_dir = given.get("out_dir", checkpoint.newest_run() if init_from == "resume" else Settings.out_dir)
+    if init_from != "resume" and not (init_from == "auto" and checkpoint.saved_steps(out_dir)):
+        return Settings(**given), None
+    state = checkpoint.load(out_dir)
+    before = state["settings"]
+    changed = {key: value for key, value in given.items() if value != before[key]}
+    for key in changed.keys() & set(MEANING):
+        raise ValueError(f"{key}={changed[key]} but the run in {out_dir} has {key}={before[key]}, which its weights rest on: leave it, or start a new run")
+    if named := [f"{key}={value} (was {before[key]})" for key, value in changed.items() if key in CHANGES_RUN]:
+        say("resuming with " + ", ".join(named))
+    return Settings(**{**before, **given, "out_dir": str(out_dir)}), state
+
+
+def build_model(settings, dataset, state, device):
+    """The model on its device: fresh, from the checkpoint's state, or with published weights."""
+    if state:
+        model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+    elif settings.init_from in ("scratch", "auto"):
+        torch.manual_seed(settings.seed)
+        model = GPT(model_config(settings, dataset.tokenizer.vocab_size))
+    else:
+        model = GPT.from_pretrained(settings.init_from, dropout=settings.dropout)
+    return model.to(device)
+
+
+def claim_folder(settings, state):
+    """settings with an out_dir that no other run has, made and locked; the lock is to be kept until the run ends."""
+    folder, number = settings.out_dir, 1
+    while not (state or settings.overwrite or settings.init_from == "auto") and (Path(folder) / "config.json").exists():
+        number += 1
+        folder = f"{settings.out_dir}-{number}"
+    if number > 1:
+        say(f"{settings.out_dir} holds a run already, so this one goes to {folder} (--overwrite=True reuses the folder)")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.lock(folder)
+    if settings.overwrite and not state:
+        checkpoint.remove_run(folder)
+    return replace(settings, out_dir=folder), lock
+
+
+def main(argv):
+    resuming = any(word.startswith("--init_from=resume") for word in argv)
+    if not any(word.endswith(".py") for word in argv) and not resuming and not {"-h", "--help"} & set(argv):
+        say("no config file is named, so config/pydoc_char.py comes first")
+        argv = [str(HERE / "config" / "pydoc_char.py"), *argv]
+    given, _ = config.read_arguments(Settings, argv)
+    settings, state = resolve(given)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(settings.device)
+    if world_size > 1:
+        device = join_processes(settings, device)
+    is_main = rank == 0
+    G = settings.batch_size * settings.gradient_accumulation_steps
+    if G % world_size:
+        raise ValueError(f"batch_size x gradient_accumulation_steps={G} must be a multiple of the {world_size} processes: change either")
+
+    dataset = open_or_prepare(settings.dataset, world_size)
+    check_dataset(settings, dataset, given, state)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = build_model(settings, dataset, state, device)
+    optimizer = make_optimizer(model, settings)
+    dtype = choose_dtype(settings.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
