@@ -138,6 +138,20 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
+def newest_run(root="."):
+    """The folder with the newest checkpoint: out/ itself, its subfolders, and out-*/ as nanoGPT names them."""
+    folders = [folder for pattern in ("out", "out/*", "out-*") for folder in Path(root).glob(pattern) if saved_steps(folder)]
+    if not folders:
+        raise FileNotFoundError("there is no run under out/ yet: python train.py makes one, or name its folder with --out_dir=FOLDER")
+    return max(folders, key=lambda folder: checkpoint_path(folder, saved_steps(folder)[-1]).stat().st_mtime)
+
+
+def remove_run(folder):
+    """Remove the checkpoints and metrics of an earlier run."""
+    for path in [checkpoint_path(folder, step) for step in saved_steps(folder)] + [Path(folder) / "best.pt", Path(folder) / "metrics.jsonl"]:
+        path.unlink(missing_ok=True)
+
+
 def lock(folder):
     """An open file that holds the folder until it is closed or its process ends. Raises ValueError if another run has it."""
     file = open(Path(folder) / "lock", "w")

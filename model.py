@@ -197,22 +197,22 @@ class Attention(nn.Module):
         self.layer, self.kind, self.dropout = layer, config.attention, config.dropout
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.rope, self.qk_norm = config.pos == "rope", config.qk_norm
-        # one product for queries, keys and values, in this order
-        self.qkv_proj = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, config.qkv_bias)
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.bias)
         self.o_dropout = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rotation):
         """x (B, T, C) -> q (B, H, T, D) and k, v (B, Hkv, T, D), normalised and rotated where the config says so."""
         B, T, _ = x.shape
-        H, Hkv = self.n_head, self.n_kv_head
-        qkv = self.qkv_proj(x).view(B, T, H + 2 * Hkv, self.head_dim)
-        qk, v = qkv.split([H + Hkv, Hkv], dim=2)
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         if self.qk_norm:
-            qk = F.rms_norm(qk, (self.head_dim,))
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if self.rope:
-            qk = apply_rope(qk, *rotation)
-        q, k = qk.split([H, Hkv], dim=2)
+            q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, positions, rotation, mask, cache=None):
@@ -316,7 +316,7 @@ class GPT(nn.Module):
         if self.pos_emb is not None:
             nn.init.normal_(self.pos_emb.weight, std=std)
         for block in self.blocks:
-            inner = [block.attn.qkv_proj, block.mlp.up_proj]
+            inner = [block.attn.q_proj, block.attn.k_proj, block.attn.v_proj, block.mlp.up_proj]
             inner += [block.mlp.gate_proj] if isinstance(block.mlp, SwiGLU) else []
             for linear in inner:
                 nn.init.normal_(linear.weight, std=std)
@@ -414,7 +414,7 @@ class GPT(nn.Module):
         seen[rows[:, None].expand_as(text)[real], text[real]] = True
         stops = torch.tensor(sorted(stop), device=idx.device, dtype=torch.int64)
         finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        cache, next_ids = None, None
+        cache, last_ids = None, None
         for step in range(max_new_tokens):
             if cache is None or cache.length == block_size:
                 # prefill the text, or where it does not fit the last half block of it
@@ -425,10 +425,10 @@ class GPT(nn.Module):
                 x = self.hidden(window, cache)[rows, keep - 1]  # (B, C)
                 cache.set_lengths(keep)
             else:
-                x = self.hidden(next_ids[:, None], cache)[:, 0]
+                x = self.hidden(last_ids[:, None], cache)[:, 0]
             logits = self.head(x).float()  # (B, V)
             next_ids = sample(penalise(logits, seen, repetition_penalty), temperature, top_k, top_p, min_p, generator)  # (B,)
-            if step > 0:
+            if last_ids is not None:
                 next_ids = torch.where(finished, last_ids, next_ids)
             yield (next_ids, F.log_softmax(logits, dim=-1)) if logprobs else next_ids
             finished = finished | torch.isin(next_ids, stops)
@@ -450,6 +450,19 @@ class GPT(nn.Module):
     @property
     def dtype(self):
         return self.tok_emb.weight.dtype
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, **overrides):
+        """A model with published weights: a Hugging Face folder or hub name of the GPT-2 or Llama kind; see weights.py."""
+        import weights
+
+        return weights.load_pretrained(name_or_folder, **overrides)
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write a folder that transformers loads (AutoModelForCausalLM; AutoTokenizer too where given); see weights.py."""
+        import weights
+
+        weights.save_pretrained(self, folder, tokenizer)
 
     def parameter_count(self):
         """Parameters, a tied matrix counted once."""

@@ -13,22 +13,20 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import bpe
 import checkpoint
 import config
 import prepare
-from model import GPT, PRESETS, GPTConfig, autocast, choose_device, choose_dtype
+from model import GPT, GPTConfig, autocast, choose_device, choose_dtype
+from progress import Progress, bits_per_byte, say
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,8 +59,10 @@ class Settings(GPTConfig):
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     learning_rate: float = 6e-4  # largest, of AdamW
-    muon_lr: float = 0.02  # largest, of Muon
-    weight_decay: float = 0.1  # of matrices and embeddings
+    muon_lr: float = 0.02  # largest, of Muon; the warm-up and decay of learning_rate apply to it in proportion
+    momentum: float = 0.95  # of Muon
+    muon_weight_decay: float = 0.0  # of Muon's matrices
+    weight_decay: float = 0.1  # of the other matrices and embeddings
     beta1: float = 0.9  # decay of AdamW's mean
     beta2: float = 0.95  # decay of AdamW's mean square
     max_iters: int = 600000  # steps (updates) of the run
@@ -93,13 +93,16 @@ class Settings(GPTConfig):
 
 
 MEANING = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "attention")] + ["dataset"]  # fixed once a run began
-CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout grad_clip optimizer learning_rate muon_lr weight_decay beta1
+CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout grad_clip optimizer learning_rate muon_lr momentum muon_weight_decay weight_decay beta1
 beta2 decay_lr warmup_iters lr_decay_iters min_lr dtype""".split()  # may change on resumption, with a line that says so
 
 
 def model_config(settings, vocab_size):
     """The GPTConfig among the settings, with the tokenizer's vocabulary."""
     return GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)} | {"vocab_size": vocab_size})
+
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which a run stops
 
 
 class Windows:
@@ -203,17 +206,61 @@ def learning_rate_at(step, settings):
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model, settings):
-    """AdamW with weight decay on matrices and embeddings only."""
-    weights = list(model.parameters())
+def orthogonalise(matrices):
+    """The nearest semi-orthogonal matrix to each of a batch (n, rows, columns), roughly: singular values become 0.7 to 1.2.
+
+    Five steps of a quintic Newton-Schulz iteration in bfloat16. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
+    x = matrices.bfloat16()
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for the matrices of the blocks; matrices of one shape as one batch.
+
+    Nesterov momentum; an update has the scale sqrt(max(1, rows / columns)) times lr, so that lr means the same for every
+    shape. Decoupled weight decay. Source: as `orthogonalise`.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), same in by_shape.items():
+                grads, momenta = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                updates = orthogonalise(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))  # (n, rows, columns)
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, list(updates.to(same[0].dtype)), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def make_optimizers(model, settings):
+    """AdamW, with weight decay on matrices and embeddings only; for optimizer='muon' the blocks' matrices go to Muon instead."""
+    s, weights = settings, list(model.parameters())
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if s.optimizer == "muon" else []
+    for_muon = set(matrices)
     groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in weights if p.dim() >= 2 and p not in for_muon], "weight_decay": s.weight_decay},
         {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
-    for group in optimizer.param_groups:
+    optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)]
+    optimizers += [Muon(matrices, s.muon_lr, s.momentum, s.muon_weight_decay)] if matrices else []
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["largest_lr"] = group["lr"]
-    return optimizer
+    return optimizers
 
 
 def keep_freed_memory():
@@ -253,13 +300,13 @@ class Run:
         self.evaluations_without_better = state["evaluations_without_better"] if state else 0
         self.saved_step = self.step if state else None
 
-    def save(self, model, optimizer, scaler):
+    def save(self, model, optimizers, scaler):
         """Write the checkpoint of this step, once, from the main process. A failure is reported and training goes on."""
         if not self.is_main or self.saved_step == self.step:
             return
         state = {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
             "best_val_loss": self.best_val_loss,
             "evaluations_without_better": self.evaluations_without_better,
@@ -274,18 +321,27 @@ class Run:
         except OSError as error:
             say(f"WARNING: no checkpoint at step {self.step}: {error}; training goes on, {self.last_checkpoint()}")
 
-    def note_evaluation(self, val_loss, model, optimizer, scaler):
+    def note_evaluation(self, val_loss, model, optimizers, scaler):
         """Count the evaluation, and where its loss is the lowest so far, make this step's checkpoint the best."""
         self.evaluations_without_better += 1
         if val_loss < self.best_val_loss:
             self.best_val_loss, self.evaluations_without_better = val_loss, 0
-            self.save(model, optimizer, scaler)
+            self.save(model, optimizers, scaler)
             if self.is_main and self.saved_step == self.step:
                 checkpoint.mark_best(self.folder, self.step)
+
+    def evaluation_batches(self):
+        s = self.settings
+        return evaluation_batches(self.dataset.splits["val"], s.block_size, s.batch_size, s.eval_iters)
 
     def last_checkpoint(self):
         steps = checkpoint.saved_steps(self.folder)
         return f"the last checkpoint is {checkpoint.checkpoint_path(self.folder, steps[-1])}" if steps else "there is no checkpoint yet"
+
+
+def noise_seed(seed, step, rank):
+    """A seed for the dropout noise of one step of one process."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def make_batch(rows, device):
@@ -296,7 +352,7 @@ def make_batch(rows, device):
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def train(model, optimizer, scaler, run, progress, rank=0, world_size=1):
+def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
     """Update the model from run.step to max_iters. Returns the number of the signal that stopped it, or 0.
 
     At the top of round `step`, `step` updates are done: there the run saves first, then evaluates.
@@ -308,26 +364,28 @@ def train(model, optimizer, scaler, run, progress, rank=0, world_size=1):
     share = G // world_size  # of them are this rank's
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
     rows = windows.rows(run.step * G + rank * share, share)  # (share, T + 1)
-    skipped_in_a_row, stop = 0, 0
+    skipped_in_a_row, started_at = 0, time.perf_counter()
     model.train()
 
     for step in range(run.step, s.max_iters + 1):
         run.step, is_last = step, step == s.max_iters
-        out_of_time = s.max_minutes is not None and progress.seconds() > 60 * s.max_minutes
+        out_of_time = s.max_minutes is not None and time.perf_counter() - started_at > 60 * s.max_minutes
         stop, out_of_time = all_reduce(torch.tensor([signals.received, out_of_time]), world_size, device, dist.ReduceOp.MAX).tolist()
         ends = is_last or stop or out_of_time
         if step and (ends or step % s.checkpoint_interval == 0):
-            run.save(model, optimizer, scaler)
+            run.save(model, optimizers, scaler)
         if step and not stop and (ends or step % s.eval_interval == 0):
             val_loss = estimate_loss(model, run.evaluation_batches(), context, rank, world_size)
-            run.note_evaluation(val_loss, model, optimizer, scaler)
-            progress.evaluated(step, val_loss, model)
+            run.note_evaluation(val_loss, model, optimizers, scaler)
+            if progress:
+                progress.evaluated(step, val_loss)
         if ends or (s.patience and run.evaluations_without_better >= s.patience):
             break
 
         # one update: learning rate and noise are functions of the step, the gradient is the mean over all G rows
-        for group in optimizer.param_groups:
-            group["lr"] = group["largest_lr"] * learning_rate_at(step, s)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["largest_lr"] * learning_rate_at(step, s)
         torch.manual_seed(noise_seed(s.seed, step, rank))
         loss_sum = torch.zeros((), device=device)
         for first in range(0, share, s.batch_size):
@@ -340,12 +398,14 @@ def train(model, optimizer, scaler, run, progress, rank=0, world_size=1):
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         rows = windows.rows((step + 1) * G + rank * share, share)  # read while a GPU still works
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
-        if math.isfinite(grad_norm) or scaler.is_enabled():  # a scaler skips such a step itself, and lowers its scale
-            scaler.step(optimizer)
+        for optimizer in optimizers:
+            if math.isfinite(grad_norm) or scaler.is_enabled():  # a scaler skips such a step itself, and lowers its scale
+                scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
         skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
         if skipped_in_a_row == MAX_SKIPPED:
@@ -353,128 +413,17 @@ def train(model, optimizer, scaler, run, progress, rank=0, world_size=1):
                 f"the gradient of {MAX_SKIPPED} steps in a row, up to {step}, is not finite: lower learning_rate={s.learning_rate} "
                 f"and resume; {run.last_checkpoint()}"
             )
-        progress.stepped(step + 1, loss_sum, grad_norm, skipped_in_a_row)
+        if progress:
+            progress.stepped(step + 1, loss_sum, grad_norm, lr=optimizers[0].param_groups[0]["lr"])
     return stop
 
 
-class Progress:
-    """What a person sees of a run: a bar or lines, metrics.jsonl, loss.png, a sample of text, W&B. Only rank 0 makes one."""
-
-    def __init__(self, run, model):
-        s, self.run, self.model = run.settings, run, model
-        self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
-        self.flops_per_step = model.flops_per_token(s.block_size) * self.tokens_per_step
-        self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(model.device)), None)
-        self.started_at = self.logged_at = time.perf_counter()
-        self.logged_step, self.loss_sum, self.train_losses = run.step, 0.0, []
-        path = run.folder / "metrics.jsonl"
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        # a resumed run goes on where its checkpoint was written, and evaluates there again
-        self.lines = [line for line in self.lines if (line["step"], "val_loss" in line) < (run.step, True)]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(path, "a", buffering=1)
-        self.wandb = start_wandb(s) if s.wandb_log else None
-        self.bar = tqdm(total=s.max_iters, initial=run.step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-
-    def write(self, **values):
-        self.lines.append(values)
-        self.file.write(json.dumps(values) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=values["step"])
-
-    def stepped(self, step, loss, grad_norm, lr):
-        """Note an update: `step` are done, its mean loss is the tensor `loss`. Reads the tensor only when logging."""
-        s = self.run.settings
-        self.loss_sum = self.loss_sum + loss
-        self.bar.update()
-        if step % s.log_interval and step != s.max_iters:
-            return
-        now, steps = time.perf_counter(), step - self.logged_step
-        seconds, mean_loss = (now - self.logged_at) / steps, float(self.loss_sum) / steps
-        self.logged_at, self.logged_step, self.loss_sum = now, step, 0.0
-        self.train_losses.append(mean_loss)
-        rate, flops = self.tokens_per_step / seconds, self.flops_per_step / seconds
-        speed = {"step_ms": round(1e3 * seconds, 3), "tokens_per_s": round(rate), "tflops": round(flops / 1e12, 4)}
-        mfu = {"mfu": round(flops / self.peak_flops, 4)} if self.peak_flops else {}
-        tokens = step * self.tokens_per_step
-        self.write(step=step, tokens=tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, **speed, **mfu)
-        if self.bar.disable:
-            left = time.strftime("%H:%M:%S", time.gmtime((s.max_iters - step) * seconds))
-            print(f"step {step}/{s.max_iters}: loss {mean_loss:.4f}, {1e3 * seconds:.1f} ms, {rate:,.0f} tokens/s, {left} left", flush=True)
-        else:
-            self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
-
-    def evaluated(self, step, val_loss):
-        """Report an evaluation, redraw loss.png, show a sample of text; the time this takes is no step's."""
-        started_at, run = time.perf_counter(), self.run
-        bits = val_loss / math.log(2) / run.dataset.bytes_per_token["val"]
-        train_loss = sum(self.train_losses) / len(self.train_losses) if self.train_losses else None
-        trained = f"train loss {train_loss:.4f} (mean since the last evaluation), " if self.train_losses else ""
-        best = ", the best so far" if run.best_val_loss == val_loss else f", best {run.best_val_loss:.4f}"
-        seconds = started_at - self.started_at
-        say(f"step {step}: {trained}val loss {val_loss:.4f}{best}, {bits:.3f} bits per byte, after {seconds:.1f} s")
-        self.write(step=step, tokens=step * self.tokens_per_step, train_loss=train_loss, val_loss=val_loss, val_bits_per_byte=bits, seconds=seconds)
-        self.train_losses = []
-        if run.settings.sample_tokens:
-            say(sample_text(self.model, run.dataset.tokenizer, run.settings))
-        draw_losses(self.lines, run.folder / "loss.png")
-        self.logged_at += time.perf_counter() - started_at
-
-
-def say(text):
-    """Print above the progress bar, if there is one."""
-    tqdm.write(str(text), file=sys.stdout)
-    sys.stdout.flush()
-
-
-def sample_text(model, tokenizer, settings):
-    """A text of sample_tokens tokens after a newline, from the model as it is; the noise of training is not touched."""
-    was_training = model.training
-    model.eval()
-    idx = torch.tensor([tokenizer.encode("\n")], device=model.device)
-    generator = torch.Generator(model.device).manual_seed(settings.seed)
-    new = model.generate(idx, settings.sample_tokens, temperature=0.8, top_k=200, generator=generator)
-    model.train(was_training)
-    return tokenizer.decode(new[0].tolist()) + "\n"
-
-
-def draw_losses(lines, path):
-    """loss.png: training and validation loss over the tokens seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(line["tokens"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=f"{label} {points[-1][1]:.3f}", linewidth=1, markersize=3)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def start_wandb(settings):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("wandb_log=True but wandb is not installed: pip install wandb, or leave it off") from error
-    wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings))
-    return wandb
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def compiled(model, settings, dataset, context):
+def compile_in_place(model, run, context):
     """Compile the model in place if asked to, or by 'auto' on a GPU; where that fails, say so once and stay eager."""
-    if settings.compile is False or settings.compile == "auto" and model.device.type != "cuda":
+    s = run.settings
+    if s.compile is False or s.compile == "auto" and model.device.type != "cuda":
         return
-    rows = Windows(dataset.splits["train"], settings.block_size, settings.seed).rows(0, settings.batch_size)
+    rows = Windows(run.dataset.splits["train"], s.block_size, s.seed).rows(0, s.batch_size)
     model.compile(dynamic=False)
     try:
         with context:
@@ -493,7 +442,7 @@ def open_or_prepare(name, world_size):
         if world_size > 1 or prepare.download_bytes(name) > 100e6:
             raise
     say(f"dataset {name} is not there yet: preparing it")
-    prepare.prepare(prepare.Settings(), name)
+    prepare.prepare(prepare.Settings(name=name))
     return prepare.open_dataset(name)
 
 
@@ -545,30 +494,85 @@ def claim_folder(settings, state):
     return replace(settings, out_dir=folder), lock
 
 
+def check_dataset(settings, dataset, given, state):
+    """ValueError where the dataset does not fit the settings, or is not the one that the checkpoint was trained on."""
+    vocab_size = dataset.tokenizer.vocab_size
+    if given.get("vocab_size", vocab_size) != vocab_size:
+        raise ValueError(f"vocab_size={given['vocab_size']} but the tokenizer of {dataset.folder} has {vocab_size} tokens: leave the setting out")
+    if state and (state["data"] != dataset.sha256 or state["tokenizer"] != dataset.tokenizer_dict):
+        raise ValueError(f"{dataset.folder} is not the data that {settings.out_dir} was trained on (sha256 or tokenizer differ): put that back, or start a new run")
+    tokens = sum(map(len, dataset.splits["val"]))
+    if tokens < 2:
+        raise ValueError(f"the validation split of {dataset.folder} has {tokens} tokens and 2 are needed: add text, or raise val_fraction in prepare.py")
+
+
+def join_processes(settings, device):
+    """Join the processes that torchrun started; the device of this one."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group(settings.backend or ("nccl" if device.type == "cuda" else "gloo"))
+    return device
+
+
 def main(argv):
-    resuming = any(word.startswith("--init_from=resume") for word in argv)
+    resuming = "--init_from=resume" in argv
     if not any(word.endswith(".py") for word in argv) and not resuming and not {"-h", "--help"} & set(argv):
         say("no config file is named, so config/pydoc_char.py comes first")
         argv = [str(HERE / "config" / "pydoc_char.py"), *argv]
     given, _ = config.read_arguments(Settings, argv)
     settings, state = resolve(given)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(settings.device)
-    if world_size > 1:
-        device = join_processes(settings, device)
-    is_main = rank == 0
     G = settings.batch_size * settings.gradient_accumulation_steps
     if G % world_size:
         raise ValueError(f"batch_size x gradient_accumulation_steps={G} must be a multiple of the {world_size} processes: change either")
-
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
     dataset = open_or_prepare(settings.dataset, world_size)
     check_dataset(settings, dataset, given, state)
+    if world_size > 1:
+        device = join_processes(settings, device)
     if device.type == "cpu":
         keep_freed_memory()
+
     model = build_model(settings, dataset, state, device)
-    optimizer = make_optimizer(model, settings)
-    dtype = choose_dtype(settings.dtype, device)
+    optimizers = make_optimizers(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
+    if rank == 0:
+        defaults = asdict(Settings())
+        say("settings other than the defaults: " + " ".join(f"{k}={v}" for k, v in asdict(settings).items() if v != defaults[k]))
+        say(model.summary())
+    if settings.eval_only:
+        run = Run(settings, dataset, state, is_main=False)
+        val_loss = estimate_loss(model, run.evaluation_batches(), autocast(device, dtype), rank, world_size)
+        say(f"val loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset):.3f} bits per byte")
+        return 0
+
+    lock = None
+    if rank == 0:
+        settings, lock = claim_folder(settings, state)
+    run = Run(settings, dataset, state, is_main=rank == 0)
+    if rank == 0:
+        (run.folder / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+        dataset.tokenizer.save(run.folder / "tokenizer.json")
+    compile_in_place(model, run, autocast(device, dtype))
+    progress = Progress(run, model) if rank == 0 else None
+    stop = train(model, optimizers, scaler, run, progress, rank, world_size)
+    if rank == 0:
+        progress.close(stop)
+        lock.close()
+    if world_size > 1:
+        dist.destroy_process_group()
+    return 128 + stop if stop else 0
+
+
+if __name__ == "__main__":
+    with config.errors_in_one_line():
+        try:
+            sys.exit(main(sys.argv[1:]))
+        except torch.cuda.OutOfMemoryError as error:
+            raise ValueError("the GPU's memory is full: lower batch_size (and raise gradient_accumulation_steps) or block_size") from error

@@ -1,0 +1,19 @@
+# config/shakespeare_char.py: Tiny Shakespeare, one token per character
+dataset = "shakespeare_char"
+out_dir = "out/shakespeare_char"
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 192
+eval_interval = 500
+eval_iters = None
+log_interval = 50
+batch_size = 8
+gradient_accumulation_steps = 1
+learning_rate = 3e-3
+min_lr = 3e-5
+max_iters = 2000
+lr_decay_iters = 2000
+warmup_iters = 50
+beta2 = 0.99
+pos = "rope"

@@ -1,0 +1,145 @@
+"""What a person sees of a run while it trains: lines or a bar, metrics.jsonl, loss.png, samples of text, W&B."""
+
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, NVIDIA's data sheets: for mfu
+
+
+class Progress:
+    """What a person sees of a run: a bar or lines, metrics.jsonl, loss.png, a sample of text, W&B. Only rank 0 makes one."""
+
+    def __init__(self, run, model):
+        s, self.run, self.model = run.settings, run, model
+        self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+        self.flops_per_step = model.flops_per_token(s.block_size) * self.tokens_per_step
+        self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(model.device)), None)
+        self.started_at = self.logged_at = time.perf_counter()
+        self.logged_step, self.loss_sum, self.train_losses = run.step, 0.0, []
+        path = run.folder / "metrics.jsonl"
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        # a resumed run goes on where its checkpoint was written, and evaluates there again
+        self.lines = [line for line in self.lines if (line["step"], "val_loss" in line) < (run.step, True)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.file = open(path, "a", buffering=1)
+        self.wandb = start_wandb(s) if s.wandb_log else None
+        self.bar = tqdm(total=s.max_iters, initial=run.step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def seconds(self):
+        return time.perf_counter() - self.started_at
+
+    def write(self, **values):
+        self.lines.append(values)
+        self.file.write(json.dumps(values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
+
+    def stepped(self, step, loss, grad_norm, lr):
+        """Note an update: `step` are done, its mean loss is the tensor `loss`. Reads the tensor only when logging."""
+        s = self.run.settings
+        self.loss_sum = self.loss_sum + loss
+        self.bar.update()
+        if step % s.log_interval and step != s.max_iters:
+            return
+        now, steps = time.perf_counter(), step - self.logged_step
+        seconds, mean_loss = (now - self.logged_at) / steps, float(self.loss_sum) / steps
+        self.logged_at, self.logged_step, self.loss_sum = now, step, 0.0
+        self.train_losses.append(mean_loss)
+        rate, flops = self.tokens_per_step / seconds, self.flops_per_step / seconds
+        speed = {"step_ms": round(1e3 * seconds, 3), "tokens_per_s": round(rate), "tflops": round(flops / 1e12, 4)}
+        mfu = {"mfu": round(flops / self.peak_flops, 4)} if self.peak_flops else {}
+        tokens = step * self.tokens_per_step
+        self.write(step=step, tokens=tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, **speed, **mfu)
+        if self.bar.disable:
+            left = time.strftime("%H:%M:%S", time.gmtime((s.max_iters - step) * seconds))
+            print(f"step {step}/{s.max_iters}: loss {mean_loss:.4f}, {1e3 * seconds:.1f} ms, {rate:,.0f} tokens/s, {left} left", flush=True)
+        else:
+            self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
+
+    def evaluated(self, step, val_loss):
+        """Report an evaluation, redraw loss.png, show a sample of text; the time this takes is no step's."""
+        started_at, run = time.perf_counter(), self.run
+        bits = bits_per_byte(val_loss, run.dataset)
+        train_loss = sum(self.train_losses) / len(self.train_losses) if self.train_losses else None
+        trained = f"train loss {train_loss:.4f} (mean since the last evaluation), " if self.train_losses else ""
+        best = ", the best so far" if run.best_val_loss == val_loss else f", best {run.best_val_loss:.4f}"
+        seconds = started_at - self.started_at
+        say(f"step {step}: {trained}val loss {val_loss:.4f}{best}, {bits:.3f} bits per byte, after {seconds:.1f} s")
+        self.write(step=step, tokens=step * self.tokens_per_step, train_loss=train_loss, val_loss=val_loss, val_bits_per_byte=bits, seconds=seconds)
+        self.train_losses = []
+        if run.settings.sample_tokens:
+            say(sample_text(self.model, run.dataset.tokenizer, run.settings))
+        draw_losses(self.lines, run.folder / "loss.png")
+        self.logged_at += time.perf_counter() - started_at
+
+
+    def close(self, stop):
+        """Last words: how to go on from here."""
+        self.bar.close()
+        run = self.run
+        if stop:
+            say(f"stopped by {signal.Signals(stop).name} after step {run.step}; {run.last_checkpoint()}")
+        if run.step < run.settings.max_iters:
+            say(f"to go on: python train.py --init_from=resume --out_dir={run.folder}")
+        say(f"{self.seconds():.1f} s of training in all; for text: python sample.py --out_dir={run.folder}")
+
+
+def bits_per_byte(loss, dataset):
+    """A loss in nats per token, in bits per byte of the validation text: comparable across tokenizers."""
+    return loss / math.log(2) / dataset.bytes_per_token["val"]
+
+
+def say(text):
+    """Print above the progress bar, if there is one."""
+    tqdm.write(str(text), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def sample_text(model, tokenizer, settings):
+    """A text of sample_tokens tokens after a newline, from the model as it is; the noise of training is not touched."""
+    was_training = model.training
+    model.eval()
+    idx = torch.tensor([tokenizer.encode("\n")], device=model.device)
+    generator = torch.Generator(model.device).manual_seed(settings.seed)
+    new = model.generate(idx, settings.sample_tokens, temperature=0.8, top_k=200, generator=generator)
+    model.train(was_training)
+    return tokenizer.decode(new[0].tolist()) + "\n"
+
+
+def draw_losses(lines, path):
+    """loss.png: training and validation loss over the tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(line["tokens"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=f"{label} {points[-1][1]:.3f}", linewidth=1, markersize=3)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def start_wandb(settings):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb_log=True but wandb is not installed: pip install wandb, or leave it off") from error
+    wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings))
+    return wandb
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
