@@ -150,18 +150,18 @@ class Windows:
 
 
 def evaluation_batches(shards, block_size, batch_size, eval_iters):
-    """Yield (idx, targets), each (b, T), over the windows of a split: window i of a shard is its tokens iT to iT + T.
+    """Yield (idx, targets), each (batch_size, T), over a split: window i of a shard is its tokens iT to iT + T.
 
-    The last window may be shorter (its targets are padded with -100), so every token after a shard's first is scored once.
-    With eval_iters, that many evenly spaced batches.
+    Every token after a shard's first is scored once: a last window may be shorter and a last batch smaller, and what is
+    missing has targets -100. With eval_iters, that many evenly spaced batches.
     """
     windows = [(shard, start) for shard in shards for start in range(0, len(shard) - 1, block_size)]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     if eval_iters is not None and eval_iters < len(batches):
         batches = [batches[i * len(batches) // eval_iters] for i in range(eval_iters)]
     for batch in batches:
-        idx = torch.zeros(len(batch), block_size, dtype=torch.int64)
-        targets = torch.full((len(batch), block_size), -100)
+        idx = torch.zeros(batch_size, block_size, dtype=torch.int64)
+        targets = torch.full((batch_size, block_size), -100)
         for row, (shard, start) in enumerate(batch):
             tokens = torch.from_numpy(shard[start : start + block_size + 1].astype(np.int64))
             idx[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
@@ -293,8 +293,9 @@ class StopSignals:
 class Run:
     """What a run knows of itself beside model and optimizer: its place, its folder, its best loss, how to save."""
 
-    def __init__(self, settings, dataset, state, is_main):
+    def __init__(self, settings, dataset, windows, state, is_main):
         self.settings, self.dataset, self.is_main, self.folder = settings, dataset, is_main, Path(settings.out_dir)
+        self.windows = windows
         self.step = state["step"] if state else 0
         self.best_val_loss = state["best_val_loss"] if state else math.inf
         self.evaluations_without_better = state["evaluations_without_better"] if state else 0
@@ -359,7 +360,7 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
     """
     s, device, signals = run.settings, model.device, StopSignals()
     context = autocast(device, choose_dtype(s.dtype, device))
-    windows = Windows(run.dataset.splits["train"], s.block_size, s.seed)
+    windows = run.windows
     G = s.batch_size * s.gradient_accumulation_steps  # sequences of one step, over all processes
     share = G // world_size  # of them are this rank's
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
@@ -423,7 +424,7 @@ def compile_in_place(model, run, context):
     s = run.settings
     if s.compile is False or s.compile == "auto" and model.device.type != "cuda":
         return
-    rows = Windows(run.dataset.splits["train"], s.block_size, s.seed).rows(0, s.batch_size)
+    rows = run.windows.rows(0, s.batch_size)
     model.compile(dynamic=False)
     try:
         with context:
@@ -453,9 +454,9 @@ def resolve(given):
     weights mean are refused, those that change the run are named in a line, the rest pass silently.
     """
     init_from = given.get("init_from", "scratch")
-    out_dir = given.get("out_dir", checkpoint.newest_run() if init_from == "resume" else Settings.out_dir)
-    if init_from != "resume" and not (init_from == "auto" and checkpoint.saved_steps(out_dir)):
+    if init_from != "resume" and not (init_from == "auto" and checkpoint.saved_steps(given.get("out_dir", Settings.out_dir))):
         return Settings(**given), None
+    out_dir = given.get("out_dir") or checkpoint.newest_run()
     state = checkpoint.load(out_dir)
     before = state["settings"]
     changed = {key: value for key, value in given.items() if value != before[key]}
@@ -547,15 +548,15 @@ def main(argv):
         say("settings other than the defaults: " + " ".join(f"{k}={v}" for k, v in asdict(settings).items() if v != defaults[k]))
         say(model.summary())
     if settings.eval_only:
-        run = Run(settings, dataset, state, is_main=False)
+        run = Run(settings, dataset, None, state, is_main=False)
         val_loss = estimate_loss(model, run.evaluation_batches(), autocast(device, dtype), rank, world_size)
         say(f"val loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset):.3f} bits per byte")
         return 0
 
-    lock = None
+    windows, lock = Windows(dataset.splits["train"], settings.block_size, settings.seed), None
     if rank == 0:
         settings, lock = claim_folder(settings, state)
-    run = Run(settings, dataset, state, is_main=rank == 0)
+    run = Run(settings, dataset, windows, state, is_main=rank == 0)
     if rank == 0:
         (run.folder / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
         dataset.tokenizer.save(run.folder / "tokenizer.json")

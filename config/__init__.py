@@ -96,7 +96,7 @@ def check_name(key, known, what):
 
 def choices_of(kind):
     """The alternatives of `int | None` as (int, NoneType), of `int` as (int,)."""
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
 def is_list(kind):
@@ -115,29 +115,25 @@ def type_name(kind):
 
 
 def parse(text, kind):
-    """The Python value that a word of the command line stands for; the word itself where that is what the field takes."""
-    wants_text = any(choice is str or typing.get_origin(choice) is typing.Literal for choice in choices_of(kind))
-    if text == "None" and type(None) in choices_of(kind):
-        return None
-    if wants_text:
-        return text
+    """What a word of the command line stands for: a Python literal where the field takes one of its type, else the word."""
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    takes_text = any(choice is str or typing.get_origin(choice) is typing.Literal for choice in choices_of(kind))
+    fits = any(type(value) is choice or value is None and choice is type(None) for choice in choices_of(kind))
+    return text if takes_text and not fits else value
 
 
 def check_type(name, value, kind):
-    """value as `kind` (an int becomes a float where a float is wanted); ValueError where it is something else.
-
-    A Literal takes any str here: the dataclass checks its choices, since it can be built without the command line.
-    """
+    """value as `kind` (an int becomes a float where a float is wanted); ValueError where it is something else."""
     for choice in choices_of(kind):
-        plain = typing.get_origin(choice) or choice
-        plain = str if plain is typing.Literal else plain
-        if plain is float and type(value) is int:
+        if typing.get_origin(choice) is typing.Literal:
+            if value in typing.get_args(choice):
+                return value
+        elif choice is float and type(value) is int:
             return float(value)
-        if type(value) is plain or value is None and choice is type(None):
+        elif type(value) is (typing.get_origin(choice) or choice):
             return value
     raise ValueError(f"{name}={value!r} must be {type_name(kind)}")
 
@@ -169,7 +165,8 @@ def print_help(Settings, positional):
         if heading.get(field.name):
             print(f"\n{heading[field.name]}")
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        print(f"  --{field.name}={default}  ({type_name(types_of[field.name])})  {comments.get(field.name, '')}")
+        shown = repr(default) if isinstance(default, str) and not default.isprintable() else default
+        print(f"  --{field.name}={shown}  ({type_name(types_of[field.name])})  {comments.get(field.name, '')}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,193 @@
+"""Text out of a checkpoint or of published weights: `python sample.py --start "To be"`.
+
+The checkpoint is self-sufficient: the newest run under out/ is taken where none is named, and no flag describes the
+model. Text appears as it is made.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import bpe
+import checkpoint
+import config
+from model import GPT, GPTConfig, choose_device, choose_dtype
+
+
+@dataclass
+class Settings:
+    """What to load, what to start from, how to draw the next token. Names are nanoGPT's where it has one."""
+
+    # model
+    init_from: str = "resume"  # resume: a checkpoint of out_dir; else published weights, gpt2... or a folder
+    out_dir: str | None = None  # folder of the run; None: the newest under out/
+    which: Literal["best", "last"] = "best"  # the checkpoint with the lowest validation loss, or the last
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
+    compile: bool = False  # torch.compile: the first token waits for it
+    # text
+    start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
+    max_new_tokens: int = 500  # tokens of a text, at most
+    num_samples: int = 1  # texts
+    stop: list[str] = field(default_factory=list)  # strings that end a text
+    # drawing
+    temperature: float = 0.8  # 0 takes the likeliest token; 1 draws as the model says; below 1 is bolder
+    top_k: int | None = 200  # draw among the k likeliest
+    top_p: float | None = None  # draw among the fewest that hold this share of probability
+    min_p: float | None = None  # draw among those at least this share as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes tokens that were there less likely
+    seed: int = 1337  # the same seed gives the same text
+    show_probs: bool = False  # each token with its probability and the runners-up
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "num_samples", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("top_p", "min_p"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
+        if self.temperature < 0 or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} must not be negative, repetition_penalty={self.repetition_penalty} must be positive"
+            )
+
+
+class TextStream:
+    """Ids in, text out as soon as it is certain: an unfinished UTF-8 character or stop string is held back."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self.ids, self.shown = [], 0  # the last ids, and how many characters of their text are out
+
+    def add(self, token):
+        """The text that this id makes certain. Sets `stopped` once a stop string is complete; it is not part of the text."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        for stop in self.stop:
+            if stop in text[self.shown :]:
+                self.stopped, text = True, text[: text.index(stop, self.shown)]
+        certain = max(self.shown, len(text) if self.stopped else len(text) - self.held_back(text))
+        new, self.shown = text[self.shown : certain], certain
+        if len(self.ids) > 256 and certain == len(text):  # decode a bounded number of ids each time
+            self.ids = self.ids[-16:]
+            self.shown = len(self.tokenizer.decode(self.ids))
+        return new
+
+    def held_back(self, text):
+        """How many characters at the end may still change."""
+        if text.endswith("\ufffd"):
+            return 1
+        return max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+    def rest(self):
+        """What was held back when nothing follows."""
+        return "" if self.stopped else self.tokenizer.decode(self.ids)[self.shown :]
+
+
+def load_model(settings):
+    """(model, tokenizer) of a run or of published weights, ready to generate."""
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.init_from == "resume":
+        folder = settings.out_dir or checkpoint.newest_run()
+        which = settings.which if (Path(folder) / "best.pt").exists() else "last"
+        state = checkpoint.load(folder, which)
+        model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+        tokenizer = bpe.load_tokenizer(state["tokenizer"])
+        print(f"{folder}, step {state['step']}", file=sys.stderr)
+    else:
+        model = GPT.from_pretrained(settings.init_from)
+        tokenizer = bpe.BPETokenizer.from_gpt2()
+    return model.to(device, dtype).eval(), tokenizer
+
+
+def read_prompt(settings, model, tokenizer):
+    """The prompt's ids. Raises ValueError for a missing file, unknown characters, or a prompt that does not fit."""
+    text = settings.start
+    if text.startswith("FILE:"):
+        path = Path(text.removeprefix("FILE:"))
+        if not path.is_file():
+            raise ValueError(f"the prompt file {path} does not exist: name one that does")
+        text = bpe.read_text(path)
+    if unknown := tokenizer.unknown_characters(text):
+        raise ValueError(f"the tokenizer does not know {' '.join(map(repr, unknown[:10]))} of the prompt: leave them out")
+    ids = tokenizer.encode(text or bpe.END_OF_TEXT, allowed_special={bpe.END_OF_TEXT})
+    if len(ids) > model.config.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens but block_size={model.config.block_size}: shorten it")
+    return ids
+
+
+def show_token(tokenizer, token, logprobs):
+    """One line: the token, its probability, and the likeliest others."""
+    likeliest = [other for other in logprobs.topk(min(6, len(logprobs))).indices.tolist() if other != token][:5]
+
+    def entry(i):
+        return f"{tokenizer.decode([i])!r} {logprobs[i].exp():.1%}"
+
+    print(f"{entry(token):20} | " + "  ".join(map(entry, likeliest)))
+
+
+def write_samples(settings, model, tokenizer):
+    """Print num_samples texts: the first as it is made, the others, made in the same batch, after it."""
+    s = settings
+    ids = read_prompt(s, model, tokenizer)
+    idx = torch.tensor([ids] * s.num_samples, device=model.device)  # (num_samples, T)
+    end = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
+    streams = [TextStream(tokenizer, s.stop) for _ in range(s.num_samples)]
+    texts = [tokenizer.decode(ids)] * s.num_samples
+    open_rows = set(range(s.num_samples))
+    print(texts[0], end="\n" if s.show_probs else "", flush=True)
+    started_at, made, slides = time.perf_counter(), 0, len(ids) + s.max_new_tokens > model.config.block_size
+    if slides:
+        print(f"(past {model.config.block_size} tokens the oldest half is forgotten)", file=sys.stderr)
+    for new, logprobs in model.stream(
+        idx,
+        s.max_new_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        stop=() if end is None else (end,),
+        generator=torch.Generator(model.device).manual_seed(s.seed),
+        logprobs=True,
+    ):
+        for row in sorted(open_rows):
+            token = int(new[row])
+            if token == end:
+                open_rows.remove(row)
+                continue
+            made += 1
+            text = streams[row].add(token)
+            texts[row] += text
+            if row == 0 and s.show_probs:
+                show_token(tokenizer, token, logprobs[row])
+            elif row == 0:
+                print(text, end="", flush=True)
+            if streams[row].stopped:
+                open_rows.remove(row)
+        if not open_rows:
+            break
+    seconds = time.perf_counter() - started_at
+    print("" if s.show_probs else streams[0].rest())
+    for text, stream in list(zip(texts, streams, strict=True))[1:]:
+        print(f"---------------\n{text}{stream.rest()}")
+    print(f"{made} tokens, {made / seconds:.0f} a second", file=sys.stderr)
+
+
+def main(argv):
+    settings = config.configure(Settings, argv)
+    model, tokenizer = load_model(settings)
+    if settings.compile:
+        model.compile()
+    write_samples(settings, model, tokenizer)
+
+
+if __name__ == "__main__":
+    with config.errors_in_one_line():
+        main(sys.argv[1:])

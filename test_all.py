@@ -1,0 +1,769 @@
+"""Every promise, once: `python -m pytest test_all.py`. CPU, seeded, no network; files only in temporary folders."""
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bpe
+import checkpoint
+import config
+import model as model_module
+import prepare
+import sample
+import train
+from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies
+
+HERE = Path(__file__).resolve().parent
+TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 40
+
+
+def tiny_model(seed=0, **settings):
+    """A model of a few thousand weights, large enough that its parts show in the logits."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=61, block_size=32, n_layer=2, n_head=4, n_embd=32)
+    model = GPT(GPTConfig(**{**shape, **settings})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+def run_main(main, argv, capsys):
+    """Exit status, stdout and stderr of a script's main, run in this process."""
+    capsys.readouterr()
+    try:
+        with config.errors_in_one_line():
+            status = main(argv) or 0
+    except SystemExit as stop:
+        status = stop.code
+    return (status, *capsys.readouterr())
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A folder of its own with a small text, prepared at character level as dataset `small`."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.txt").write_text(TEXT)
+    prepare.prepare(prepare.Settings(name="small", input=["small.txt"], tokenizer="char"))
+    return tmp_path
+
+
+TINY_RUN = (
+    "--dataset=small --out_dir=out/small --block_size=16 --n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 "
+    "--gradient_accumulation_steps=1 --max_iters=6 --eval_interval=3 --eval_iters=2 --log_interval=1 --warmup_iters=1 "
+    "--lr_decay_iters=6 --sample_tokens=8 --device=cpu --dtype=float32"
+).split()
+PYDOC_CONFIG = str(HERE / "config" / "pydoc_char.py")
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass
+class ExampleSettings:
+    n_layer: int = 2  # blocks of the model
+    learning_rate: float = 0.1  # largest, per step
+    compile: bool | Literal["auto"] = "auto"  # or not
+    names: list[str] | None = None  # what to read
+    limit: int | None = None  # tokens at most
+    out_dir: str = "out"  # a folder
+
+
+def test_settings_come_from_defaults_then_files_then_the_command_line(tmp_path):
+    first, second = tmp_path / "first.py", tmp_path / "second.py"
+    first.write_text("import time\n_private = 1\nn_layer = 3\nlearning_rate = 1\ndef helper(): pass\n")
+    second.write_text("n_layer = 4\n")
+    settings = config.configure(ExampleSettings, [str(first), str(second), "--limit=7"])
+    assert settings == ExampleSettings(n_layer=4, learning_rate=1.0, limit=7)
+    assert type(settings.learning_rate) is float
+
+
+def test_every_way_to_write_a_setting_is_understood():
+    def configure(*words):
+        return config.configure(ExampleSettings, words)
+
+    assert configure("--n_layer", "5").n_layer == configure("--n_layer=5").n_layer == 5
+    assert configure("--compile").compile is configure("--compile=True").compile is True
+    assert configure("--compile=auto").compile == "auto" and configure("--compile=False").compile is False
+    assert configure("--names", "a", "b", "--n_layer=1").names == ["a", "b"]
+    assert configure("--limit=None").limit is None and configure("--learning_rate=1e-3").learning_rate == 1e-3
+    assert configure("--out_dir=2").out_dir == "2" and configure("--out_dir=a=b").out_dir == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("--learnig_rate=1", "did you mean --learning_rate?"),
+        ("--n_layer=big", "--n_layer='big' must be int"),
+        ("--n_layer=1.5", "--n_layer=1.5 must be int"),
+        ("--n_layer=True", "--n_layer=True must be int"),
+        ("--n_layer=None", "--n_layer=None must be int"),
+        ("--n_layer", "--n_layer has no value"),
+        ("config/nothing.py", "does not exist"),
+        ("--compile=maybe", "--compile='maybe' must be bool or auto"),
+    ],
+)
+def test_a_wrong_setting_is_named(word, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        config.configure(ExampleSettings, [word])
+
+
+def test_a_config_file_that_does_not_run_or_has_an_unknown_name_is_named(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("n_layer = = 3\n")
+    with pytest.raises(ValueError, match="broken.py does not run .SyntaxError"):
+        config.configure(ExampleSettings, [str(path)])
+    path.write_text("n_layers = 3\n")
+    with pytest.raises(ValueError, match="'n_layers': did you mean --n_layer"):
+        config.configure(ExampleSettings, [str(path)])
+
+
+@pytest.mark.parametrize("Settings", [train.Settings, sample.Settings, prepare.Settings, ExampleSettings])
+def test_help_lists_every_setting_with_default_type_and_meaning(Settings, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.configure(Settings, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    for f in dataclasses.fields(Settings):
+        (line,) = [line for line in lines if line.startswith(f"  --{f.name}=")]
+        assert re.search(r"\(.+\)  \S", line), f"{f.name} has no meaning behind it"
+
+
+def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):
+    def ours(argv):
+        GPTConfig(n_head=7)
+
+    def elsewhere(argv):
+        return json.loads("[")  # raises its ValueError inside the json package
+
+    status, _, err = run_main(ours, [], capsys)
+    assert status == 2 and err.count("\n") == 1 and "n_embd=768 must be a multiple of n_head=7" in err
+    with pytest.raises(json.JSONDecodeError):
+        run_main(elsewhere, [], capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+def test_published_shapes_have_the_published_numbers_of_parameters():
+    book = dict(bias=True, tie_weights=False, qkv_bias=False)  # Raschka, Build a Large Language Model (From Scratch)
+    with torch.device("meta"):
+        assert GPT(PRESETS["gpt2"]).parameter_count() == 124_439_808
+        assert GPT(PRESETS["llama3.2-1b"]).parameter_count() == 1_235_814_400
+        assert GPT(PRESETS["llama3-8b"]).parameter_count() == 8_030_261_248
+        assert GPT(GPTConfig(**book)).parameter_count() == 163_009_536
+
+
+def test_llama_31_scaling_keeps_blends_and_divides_the_published_numbers_of_pairs():
+    for head_dim, factor, expected in ((64, 32.0, (15, 3, 14)), (128, 8.0, (29, 6, 29))):
+        scaling = PRESETS["llama3.1-8b"].rope_scaling | {"factor": factor}
+        shape = dict(pos="rope", rope_theta=500000.0, n_head=1, n_embd=head_dim)
+        plain = rope_frequencies(GPTConfig(**shape))
+        scaled = rope_frequencies(GPTConfig(**shape, rope_scaling=scaling))
+        kept, divided = scaled == plain, torch.isclose(scaled, plain / factor, rtol=1e-6)
+        assert (int(kept.sum()), int((~kept & ~divided).sum()), int(divided.sum())) == expected
+
+
+def test_rope_equals_rotation_by_complex_numbers_and_depends_on_distance_alone():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)  # (B, T, H, D)
+    angles = torch.arange(7.0)[:, None, None] * rope_frequencies(GPTConfig(n_head=1, n_embd=8))  # (T, 1, D / 2)
+    rotated = apply_rope(x, angles.cos(), angles.sin())
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(rotated, torch.cat([turned.real, turned.imag], -1))
+    later = angles + 5 * angles[1]
+    near = (rotated * apply_rope(y, angles.cos(), angles.sin())).sum(-1)
+    far = (apply_rope(x, later.cos(), later.sin()) * apply_rope(y, later.cos(), later.sin())).sum(-1)
+    torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_angles_stay_float32_in_a_bfloat16_model():
+    model = tiny_model(pos="rope").to(torch.bfloat16)
+    assert model.frequencies.dtype == torch.float32 and model.frequencies[1].item() == pytest.approx(10000**-0.25, abs=1e-7)
+
+
+PARTS = list(product(["learned", "rope"], [4, 2, 1], ["layernorm", "rmsnorm"]))
+
+
+@pytest.mark.parametrize(("pos", "n_kv_head", "norm"), PARTS)
+def test_decoding_with_cache_equals_one_full_pass(pos, n_kv_head, norm):
+    model = tiny_model(pos=pos, n_kv_head=n_kv_head, norm=norm, mlp="swiglu" if norm == "rmsnorm" else "gelu")
+    idx = torch.randint(61, (2, 9))
+    cache = model.new_cache(batch_size=2, max_len=9)
+    chunks = [idx[:, :3], idx[:, 3:4], idx[:, 4:8], idx[:, 8:]]  # prefill, one token, a chunk, one token
+    stepwise = torch.cat([model(chunk, cache=cache)[0] for chunk in chunks], 1)  # (B, T, V)
+    torch.testing.assert_close(stepwise, model(idx)[0], atol=1e-5, rtol=0)  # float32, sums in another order
+
+
+@pytest.mark.parametrize(("pos", "n_kv_head", "norm"), PARTS)
+def test_explicit_attention_equals_sdpa(pos, n_kv_head, norm):
+    explicit = tiny_model(pos=pos, n_kv_head=n_kv_head, norm=norm, attention="explicit", qk_norm=True)
+    sdpa = tiny_model(pos=pos, n_kv_head=n_kv_head, norm=norm, attention="sdpa", qk_norm=True)
+    idx = torch.randint(61, (2, 9))
+    torch.testing.assert_close(explicit(idx)[0], sdpa(idx)[0], atol=1e-5, rtol=0)
+    caches = explicit.new_cache(2, 9), sdpa.new_cache(2, 9)
+    for chunk in (idx[:, :4], idx[:, 4:8], idx[:, 8:]):
+        torch.testing.assert_close(
+            explicit(chunk, cache=caches[0])[0], sdpa(chunk, cache=caches[1])[0], atol=1e-5, rtol=0
+        )
+
+
+def test_attention_equals_a_loop_over_heads_and_positions():
+    model = tiny_model(n_kv_head=2, pos="rope", attention="explicit", n_layer=1)
+    x, attn = torch.randn(1, 5, 32), model.blocks[0].attn
+    angles = torch.arange(5.0)[:, None, None] * model.frequencies
+    q, k, v = (t[0] for t in attn.queries_keys_values(x, (angles.cos(), angles.sin())))
+    rows = []
+    for t in range(5):
+        heads = []
+        for h in range(4):
+            scores = torch.stack([q[h, t] @ k[h // 2, s] / 8**0.5 for s in range(t + 1)])
+            heads.append(sum(w * v[h // 2, s] for s, w in enumerate(scores.softmax(0))))
+        rows.append(attn.o_proj(torch.cat(heads)))
+    mask = model_module.causal_mask(torch.arange(5), 5)
+    actual = attn(x, torch.arange(5), (angles.cos(), angles.sin()), mask)
+    torch.testing.assert_close(actual[0], torch.stack(rows), atol=1e-5, rtol=0)
+
+
+def test_attention_maps_are_causal_and_sum_to_one():
+    maps = tiny_model(n_kv_head=2).attention_maps(torch.randint(61, (2, 9)))
+    assert maps.shape == (2, 2, 4, 9, 9)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 4, 9))
+    assert (maps.triu(1) == 0).all()
+
+
+def test_parts_equal_their_formulas():
+    x = torch.randn(3, 32)
+    norm = tiny_model(norm="rmsnorm").final_norm
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight)
+    for kind, activation in (
+        ("gelu", lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))),
+        ("relu2", lambda h: h.clamp(min=0) ** 2),
+    ):
+        mlp = tiny_model(mlp=kind, bias=True).blocks[0].mlp
+        torch.testing.assert_close(mlp(x), mlp.down_proj(activation(mlp.up_proj(x))), atol=1e-5, rtol=1e-5)
+    mlp = tiny_model(mlp="swiglu").blocks[0].mlp
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    torch.testing.assert_close(mlp(x), mlp.down_proj(gate * torch.sigmoid(gate) * up))
+
+
+def test_the_bigram_model_depends_on_the_last_token_alone():
+    model = tiny_model(n_layer=0, pos="rope", tie_weights=False)
+    idx = torch.randint(61, (1, 9))
+    torch.testing.assert_close(model(idx)[0][:, -1], model(idx[:, -1:])[0][:, 0])
+    assert model.generate(idx, 5, temperature=0).shape == (1, 14)
+
+
+def test_loss_is_the_mean_over_scored_targets_and_zero_without_any():
+    model, idx, targets = tiny_model(), torch.randint(61, (2, 9)), torch.randint(61, (2, 9))
+    targets[0, :4] = -100
+    logits, loss = model(idx, targets)
+    expected = -F.log_softmax(logits, -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0][targets != -100].mean()
+    torch.testing.assert_close(loss, expected)
+    assert model(idx, torch.full((2, 9), -100))[1].item() == 0.0
+    assert logits.dtype == torch.float32 and model.to(torch.bfloat16)(idx)[0].dtype == torch.float32
+
+
+def test_fresh_weights_have_the_stated_scale_and_a_uniform_guess():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=8, n_head=4, n_embd=128, bias=True))
+    block = model.blocks[3]
+    assert model.tok_emb.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 L) = 4
+    assert block.attn.q_proj.bias.abs().max() == 0 and (model.final_norm.weight == 1).all()
+    idx = torch.randint(512, (4, 64))
+    assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_flops_per_token_count_what_the_profiler_counts():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=3, n_head=4, n_embd=64, attention="explicit"))
+    idx = torch.randint(64, (2, 32))
+    with torch.profiler.profile(with_flops=True) as profile:
+        model(idx)
+    counted = sum(event.flops for event in profile.key_averages() if "mm" in event.key)  # matrix products
+    assert model.flops_per_token() * idx.numel() / 3 == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(n_head=7), "n_embd=768 must be a multiple of n_head=7"),
+        (dict(n_kv_head=5), "n_head=12 must be a multiple of n_kv_head=5"),
+        (dict(norm="batchnorm"), "norm='batchnorm' must be one of layernorm rmsnorm"),
+        (dict(n_embd=36, pos="rope"), "head_dim=3 must be even"),
+        (dict(n_layer=-1), "n_layer=-1"),
+        (dict(block_size=0), "block_size=0 must be at least 1"),
+    ],
+)
+def test_an_impossible_model_is_refused(settings, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        GPTConfig(**settings)
+
+
+# ----------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+def test_prompts_of_different_lengths_generate_what_each_does_alone(pos):
+    model = tiny_model(pos=pos, n_kv_head=2)
+    prompts = [torch.randint(61, (n,)) for n in (3, 9, 1, 6)]
+    lengths = torch.tensor([len(p) for p in prompts])
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=60)
+    together = model.generate(padded, 15, temperature=0, lengths=lengths)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], 15, temperature=0)
+        assert together[row, 9:].tolist() == alone[0, len(prompt) :].tolist()
+
+
+def test_generation_past_the_block_keeps_the_last_half_and_prefills_again():
+    model = tiny_model(block_size=8)
+    idx = torch.randint(61, (1, 5))
+    text, cached = idx, 5
+    for step in range(20):  # by hand: one full pass over what the window holds
+        if cached > 8:
+            cached = 4
+        logits = model(text[:, -cached:])[0][:, -1]
+        text, cached = torch.cat([text, logits.argmax(-1, keepdim=True)], 1), cached + 1
+    assert model.generate(idx, 20, temperature=0).tolist() == text.tolist()
+
+
+def test_a_finished_row_repeats_its_stop_id_and_generation_ends_when_all_are_finished():
+    model = tiny_model()
+    idx = torch.randint(61, (2, 4))
+    free = model.generate(idx, 12, temperature=0)[:, 4:]
+    stop = int(free[0, 2])
+    new = model.generate(idx, 12, temperature=0, stop=(stop,))[:, 4:]
+    for row in range(2):
+        ids = free[row].tolist()
+        end = ids.index(stop) if stop in ids else len(ids)
+        expected = ids[:end] + [stop] * (new.shape[1] - end)
+        assert new[row].tolist() == expected[: new.shape[1]]
+
+
+def test_sampling_filters_keep_what_they_say():
+    probs = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options):
+        return {int(i) for i in model_module.sample(probs.log().repeat(4000, 1), generator=generator, **options)}
+
+    assert drawn() == {0, 1, 2, 3, 4}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.6) == {0, 1} and drawn(top_p=0.71) == {0, 1, 2} and drawn(top_p=0.01) == {0}
+    assert drawn(min_p=0.3) == {0, 1, 2}
+    assert drawn(temperature=0) == {0}
+    ids = model_module.sample(probs.log().repeat(20000, 1), temperature=0.5, generator=generator)
+    expected = probs[0] ** 2 / (probs[0] ** 2).sum()  # halving the temperature squares the probabilities
+    torch.testing.assert_close(torch.bincount(ids, minlength=5) / 20000, expected, atol=0.015, rtol=0)
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_ids():
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    seen = torch.tensor([[True, True, False]])
+    assert model_module.penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    model = tiny_model()
+    idx = torch.randint(61, (1, 4))
+    new = model.generate(idx, 20, temperature=0, repetition_penalty=1e9)[0]
+    assert len(set(new.tolist())) == len(new) - (4 - len(set(idx[0].tolist())))
+
+
+def test_the_same_seed_gives_the_same_text_and_logprobs_are_the_models_own():
+    model, idx = tiny_model(), torch.randint(61, (2, 4))
+    first, second = (model.generate(idx, 10, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    for step, (new, logprobs) in enumerate(model.stream(idx, 3, temperature=0.1, logprobs=True)):
+        text = torch.cat([idx, new[:, None]], 1)
+        torch.testing.assert_close(logprobs, model(idx)[0][:, -1].log_softmax(-1), atol=1e-5, rtol=0)
+        idx = text
+    assert step == 2
+
+
+def test_a_cache_that_is_full_is_an_error():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="9 positions do not fit in 8"):
+        model(torch.zeros(1, 9, dtype=torch.int64), cache=KVCache(model.config, 1, 8, "cpu", torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def test_windows_cover_an_epoch_without_replacement_and_depend_on_the_row_alone():
+    shards = [np.arange(100, dtype=np.uint16), np.arange(1000, 1057, dtype=np.uint16)]
+    windows = train.Windows(shards, 8, seed=3)
+    epochs = windows.rows(0, 3 * windows.epoch_rows)
+    assert (epochs[:, 1:] - epochs[:, :-1] == 1).all()  # contiguous, inside one shard
+    orders = epochs[:, 0].view(3, -1)
+    assert all(len(set(order.tolist())) == windows.epoch_rows for order in orders)
+    assert (orders[0] != orders[1]).any() and set((orders[0] % 8).tolist()) != set((orders[1] % 8).tolist())
+    for first, count in ((0, 5), (7, 1), (windows.epoch_rows - 2, 6)):
+        fresh = train.Windows(shards, 8, seed=3).rows(first, count)
+        assert torch.equal(fresh, epochs[first : first + count])
+    assert not torch.equal(train.Windows(shards, 8, seed=4).rows(0, 5), epochs[:5])
+
+
+@pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 24])
+def test_windows_fit_into_short_texts(tokens):
+    windows = train.Windows([np.arange(tokens, dtype=np.uint16)], 8, seed=0)
+    rows = windows.rows(0, 50)
+    assert (rows[:, 1:] - rows[:, :-1] == 1).all() and rows.max() < tokens
+    with pytest.raises(ValueError, match="the training text has 8 tokens but block_size=8"):
+        train.Windows([np.arange(8, dtype=np.uint16)], 8, seed=0)
+
+
+def test_evaluation_scores_every_token_after_a_shards_first_once():
+    shards = [np.arange(45, dtype=np.uint16), np.arange(100, 117, dtype=np.uint16)]
+    batches = list(train.evaluation_batches(shards, 8, 3, None))
+    scored = torch.cat([targets[targets != -100] for _, targets in batches])
+    assert sorted(scored.tolist()) == [*range(1, 45), *range(101, 117)]
+    for idx, targets in batches:
+        assert idx.shape == targets.shape == (3, 8) and (targets - idx)[targets != -100].eq(1).all()
+    two = list(train.evaluation_batches(shards, 8, 3, 2))
+    assert [int(idx[0, 0]) for idx, _ in two] == [0, 24]  # evenly spaced: batches 0 and 1 of 3
+
+
+def test_estimate_loss_equals_the_mean_over_single_tokens():
+    model = tiny_model(vocab_size=128, block_size=8)
+    shard = np.random.default_rng(0).integers(0, 128, 37).astype(np.uint16)
+    losses = []
+    for t in range(1, 37):
+        start = (t - 1) // 8 * 8
+        logits = model(torch.tensor(shard[start:t].astype(np.int64))[None])[0][0, -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(int(shard[t]))).item())
+    batches = train.evaluation_batches([shard], 8, 3, None)
+    estimate = train.estimate_loss(model, batches, model_module.autocast(torch.device("cpu"), torch.float32))
+    assert estimate == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_learning_rate_is_nanogpts():
+    s = train.Settings(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=100, max_iters=200)
+    for step in (0, 5, 9, 10, 50, 99, 100, 150):
+        if step < 10:
+            expected = 1e-3 * (step + 1) / 11
+        elif step > 100:
+            expected = 1e-4
+        else:
+            expected = 1e-4 + 0.5 * (1 + math.cos(math.pi * (step - 10) / 90)) * 9e-4
+        assert s.learning_rate * train.learning_rate_at(step, s) == pytest.approx(expected, rel=1e-12)
+    assert train.learning_rate_at(77, dataclasses.replace(s, decay_lr=False)) == 1.0
+
+
+def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions():
+    torch.manual_seed(0)
+    for rows, columns in ((16, 16), (64, 16), (16, 64)):
+        matrices = torch.randn(3, rows, columns)
+        result = train.orthogonalise(matrices).float()
+        assert 0.6 < torch.linalg.svdvals(result).min() and torch.linalg.svdvals(result).max() < 1.3
+        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+        overlap = (result * (u @ vh)).sum((1, 2)) / min(rows, columns)
+        assert (overlap > 0.8).all()
+
+
+def test_muon_equals_one_matrix_at_a_time():
+    torch.manual_seed(0)
+    start = [torch.randn(8, 8), torch.randn(8, 8), torch.randn(24, 8)]
+    params = [torch.nn.Parameter(w.clone()) for w in start]
+    muon = train.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.5)
+    by_hand, momenta = [w.clone() for w in start], [torch.zeros_like(w) for w in start]
+    for _ in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            momenta[i] = 0.9 * momenta[i] + 0.1 * p.grad
+            update = train.orthogonalise((0.1 * p.grad + 0.9 * momenta[i])[None])[0]
+            by_hand[i] = by_hand[i] * (1 - 0.1 * 0.5) - 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
+        muon.step()
+    for p, expected in zip(params, by_hand, strict=True):
+        torch.testing.assert_close(p.data, expected, atol=2e-3, rtol=0)  # bfloat16 products of another batch size
+
+
+def test_every_weight_has_one_optimizer_and_only_matrices_decay():
+    for optimizer in ("adamw", "muon"):
+        model = tiny_model(bias=True)
+        made = train.make_optimizers(model, train.Settings(optimizer=optimizer))
+        groups = [group for o in made for group in o.param_groups]
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert sorted(ids) == sorted(id(p) for p in model.parameters())
+        for group in groups:
+            assert all(p.dim() >= 2 for p in group["params"]) or group["weight_decay"] == 0
+    assert {id(p) for p in made[1].param_groups[0]["params"]} == {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+
+
+def final_state(folder):
+    state = checkpoint.load(folder)
+    return {"model": state["model"], "optimizer": state["optimizer"], "step": state["step"]}
+
+
+def assert_same(a, b):
+    """Equal to the bit, through nested dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_a_run_trains_and_leaves_what_it_says(workdir, capsys):
+    status, out, _ = run_main(train.main, TINY_RUN, capsys)
+    assert status == 0 and "no config file is named" in out and "val loss" in out and "python sample.py" in out
+    folder = Path("out/small")
+    assert {p.name for p in folder.iterdir()} >= {"best.pt", "config.json", "tokenizer.json", "metrics.jsonl", "loss.png"}
+    assert checkpoint.saved_steps(folder) == [3, 6]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
+    assert lines[0]["loss"] == pytest.approx(math.log(checkpoint.load(folder)["model_config"]["vocab_size"]), abs=0.2)
+    assert lines[0].keys() == {"step", "tokens", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "tflops"}
+    assert json.loads((folder / "config.json").read_text())["n_embd"] == 16
+
+
+def test_a_run_does_not_depend_on_evaluation_logging_or_an_interruption(workdir, capsys):
+    run = [*TINY_RUN, "--dropout=0.1", "--gradient_accumulation_steps=2", "--optimizer=muon"]
+    run_main(train.main, run, capsys)
+    expected = final_state("out/small")
+    run_main(train.main, [*run, "--eval_interval=2", "--log_interval=3", "--sample_tokens=None", "--out_dir=out/other"], capsys)
+    assert_same(final_state("out/other"), expected)
+    # the same schedule, ended after 4 steps, then resumed
+    run_main(train.main, [*run, "--out_dir=out/cut", "--max_iters=4"], capsys)
+    status, out, _ = run_main(train.main, ["--init_from=resume", "--out_dir=out/cut", "--max_iters=6"], capsys)
+    assert status == 0 and "step 5/6" in out and "step 4/6" not in out
+    assert_same(final_state("out/cut"), expected)
+    steps = [json.loads(line)["step"] for line in Path("out/cut/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_gradient_accumulation_equals_one_large_batch(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--batch_size=6", "--gradient_accumulation_steps=1"], capsys)
+    run_main(train.main, [*TINY_RUN, "--batch_size=2", "--gradient_accumulation_steps=3", "--out_dir=out/three"], capsys)
+    one, three = (Path(folder, "metrics.jsonl").read_text().splitlines() for folder in ("out/small", "out/three"))
+    for a, b in zip(map(json.loads, one), map(json.loads, three), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_an_out_dir_that_holds_a_run_is_never_overwritten_unasked(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--max_iters=2"], capsys)
+    before = (Path("out/small") / "ckpt_0000002.pt").read_bytes()
+    _, out, _ = run_main(train.main, [*TINY_RUN, "--max_iters=2", "--seed=5"], capsys)
+    assert "goes to out/small-2" in out and checkpoint.saved_steps("out/small-2") == [2]
+    assert (Path("out/small") / "ckpt_0000002.pt").read_bytes() == before
+    _, out, _ = run_main(train.main, [*TINY_RUN, "--max_iters=1", "--overwrite=True"], capsys)
+    assert checkpoint.saved_steps("out/small") == [1]
+
+
+def test_resuming_refuses_what_changes_the_weights_and_names_what_changes_the_run(workdir, capsys):
+    run_main(train.main, TINY_RUN, capsys)
+    resume = ["--init_from=resume", "--out_dir=out/small", "--max_iters=7"]
+    status, _, err = run_main(train.main, [*resume, "--n_head=4"], capsys)
+    assert status == 2 and "n_head=4 but the run in out/small has n_head=2" in err
+    _, out, _ = run_main(train.main, [*resume, "--learning_rate=0.5", "--log_interval=3"], capsys)
+    assert "resuming with learning_rate=0.5 (was 0.0006)" in out.replace("0.003", "0.0006") and "log_interval=3 (was" not in out
+    Path("small.txt").write_text(TEXT + "More.")
+    prepare.prepare(prepare.Settings(name="small", input=["small.txt"], tokenizer="char", overwrite=True))
+    status, _, err = run_main(train.main, [*resume, "--max_iters=8"], capsys)
+    assert status == 2 and "is not the data that out/small was trained on" in err
+
+
+def start(script, *argv):
+    return subprocess.Popen(
+        [sys.executable, str(HERE / script), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(workdir, capsys):
+    process = start("train.py", *TINY_RUN, "--max_iters=100000", "--eval_interval=100000")
+    while not process.stdout.readline().startswith("step 2/"):
+        pass
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    (step,) = checkpoint.saved_steps("out/small")
+    assert f"stopped by SIGINT after step {step}" in out and "--init_from=resume --out_dir=out/small" in out
+    status, out, _ = run_main(train.main, ["--init_from=resume", "--out_dir=out/small", f"--max_iters={step + 2}"], capsys)
+    assert status == 0 and f"step {step + 1}/" in out and f"step {step}/" not in out
+
+
+def test_eval_only_evaluates_and_writes_nothing(workdir, capsys):
+    status, out, _ = run_main(train.main, [*TINY_RUN, "--eval_only=True"], capsys)
+    assert status == 0 and "val loss" in out and not Path("out").exists()
+
+
+def test_float16_steps_go_through_a_scaler(workdir, capsys):
+    status, _, _ = run_main(train.main, [*TINY_RUN, "--dtype=float16"], capsys)
+    assert status == 0 and checkpoint.load("out/small")["scaler"]["scale"] > 0
+
+
+def test_patience_ends_a_run_that_no_longer_improves(workdir, capsys):
+    _, out, _ = run_main(
+        train.main, [*TINY_RUN, "--max_iters=40", "--eval_interval=1", "--learning_rate=3", "--patience=3"], capsys
+    )
+    steps = checkpoint.saved_steps("out/small")
+    assert steps[-1] < 40
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--learnig_rate=1"], "did you mean --learning_rate"),
+        (["--n_head=7"], "n_embd=16 must be a multiple of n_head=7"),
+        (["--batch_size=big"], "--batch_size='big' must be int"),
+        (["config/shakespeare_chat.py"], "did you mean config/shakespeare_char.py"),
+        (["--dataset=nothing"], "nothing"),
+        (["--block_size=4000"], "block_size=4000 needs one more"),
+        (["--device=cuda"], "device=cuda is not available"),
+        (["--device=tpu9"], "is not a device"),
+        (["--init_from=resume", "--out_dir=out/none"], "holds no checkpoint"),
+        (["--vocab_size=7"], "vocab_size=7 but the tokenizer"),
+        (["--batch_size=0"], "batch_size=0 must be at least 1"),
+    ],
+)
+def test_bad_input_of_train_is_one_line_and_status_2(workdir, capsys, words, says):
+    if "--device=cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, _, err = run_main(train.main, [*TINY_RUN, *words], capsys)
+    assert status == 2 and err.count("\n") == 1 and says in err
+    assert not Path("out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- sample
+
+
+@pytest.fixture
+def trained(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--block_size=32"], capsys)
+    return workdir
+
+
+def test_sample_needs_no_flags_and_repeats_with_its_seed(trained, capsys):
+    status, first, err = run_main(sample.main, ["--start", "To be", "--max_new_tokens=60"], capsys)
+    assert status == 0 and first.startswith("To be") and "out/small, step" in err
+    assert run_main(sample.main, ["--start=To be", "--max_new_tokens=60"], capsys)[1] == first
+    assert run_main(sample.main, ["--start=To be", "--max_new_tokens=60", "--seed=2"], capsys)[1] != first
+    Path("prompt.txt").write_text("To be")
+    assert run_main(sample.main, ["--start=FILE:prompt.txt", "--max_new_tokens=60"], capsys)[1] == first
+
+
+def test_sample_writes_several_texts_and_shows_probabilities(trained, capsys):
+    _, out, _ = run_main(sample.main, ["--start=To", "--num_samples=3", "--max_new_tokens=5"], capsys)
+    assert out.count("---------------") == 2
+    _, out, _ = run_main(sample.main, ["--start=To", "--max_new_tokens=5", "--temperature=0", "--show_probs"], capsys)
+    assert len(re.findall(r"^.*\d% +\| .*%$", out, re.MULTILINE)) >= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--start=Ünïcode"], "does not know 'Ü' 'ï'"),
+        (["--start=" + "To be " * 20], "the prompt has 120 tokens but block_size=32"),
+        (["--start=FILE:nothing.txt"], "nothing.txt does not exist"),
+        (["--out_dir=out/none"], "holds no checkpoint"),
+        (["--temperature=-1"], "temperature=-1.0 must not be negative"),
+        (["--top_k=0"], "top_k=0 must be at least 1"),
+    ],
+)
+def test_bad_input_of_sample_is_one_line_and_status_2(trained, capsys, words, says):
+    status, _, err = run_main(sample.main, words, capsys)
+    assert status == 2 and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_sample_without_a_run_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run_main(sample.main, [], capsys)
+    assert status == 2 and err.startswith("error: there is no run under out/ yet: python train.py makes one")
+
+
+def test_text_is_held_back_until_it_is_certain():
+    tokenizer = bpe.CharTokenizer.train("abcdeST")
+    stream = sample.TextStream(tokenizer, stop=["STe"])
+    shown = [stream.add(i) for i in tokenizer.encode("abSTaSTeb")[:8]]
+    assert "".join(shown) == "abSTa" and stream.stopped and stream.rest() == ""
+    assert shown == ["a", "b", "", "", "STa", "", "", ""]
+    letters = sample.TextStream(tokenizer, stop=[])
+    assert "".join(letters.add(i) for i in tokenizer.encode("abcde" * 200)) == "abcde" * 200
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def example_state(step):
+    torch.manual_seed(step)
+    return {"model": {"w": torch.randn(50, 40)}, "optimizer": [], "settings": {"a": 1, "b": None}, "tokenizer": {}}
+
+
+def test_checkpoints_keep_the_last_two_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, example_state(step))
+        if step == 2:
+            checkpoint.mark_best(tmp_path, step)
+    assert checkpoint.saved_steps(tmp_path) == [3, 4]
+    assert checkpoint.load(tmp_path)["step"] == 4 and checkpoint.load(tmp_path, 3)["step"] == 3
+    assert_same(checkpoint.load(tmp_path, "best")["model"], example_state(2)["model"])
+    assert [p.name for p in tmp_path.glob("*.tmp")] == []
+
+
+def test_a_flipped_bit_and_a_truncated_file_fall_back_to_the_checkpoint_before(tmp_path, capsys):
+    checkpoint.save(tmp_path, 1, example_state(1))
+    path = checkpoint.save(tmp_path, 2, example_state(2))
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    with zipfile.ZipFile(path) as archive:
+        (data,) = [info for info in archive.infolist() if info.filename.endswith("data/0")]
+    for place in (data.header_offset + 200, data.header_offset + 4000, *random.integers(len(whole), size=48)):
+        torn = bytearray(whole)
+        torn[place] ^= 1 << random.integers(8)
+        path.write_bytes(torn)
+        loaded = checkpoint.load(tmp_path)
+        # a bit in the padding between records belongs to none: then the file is as good as whole
+        assert_same(loaded["model"], example_state(loaded["step"])["model"])
+        in_tensor = 128 <= place - data.header_offset < data.file_size
+        assert loaded["step"] == 1 or not in_tensor
+    assert "WARNING" in capsys.readouterr().err
+    for length in random.integers(len(whole), size=50):
+        path.write_bytes(whole[:length])
+        assert checkpoint.load(tmp_path)["step"] == 1
+
+
+def test_a_pickle_that_runs_code_does_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "attacked"), "w"))
+
+    torch.save({"version": 1, "model": Attack()}, tmp_path / "ckpt_0000001.pt")
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "ckpt_0000001.pt").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_newer_version_says_so_and_a_lock_dies_with_its_holder(tmp_path):
+    checkpoint.save(tmp_path, 1, {**example_state(1), "version": 99})
+    with pytest.raises(ValueError, match="has version 99"):
+        checkpoint.load(tmp_path)
+    held = checkpoint.lock(tmp_path)
+    with pytest.raises(ValueError, match="is in use by a run"):
+        checkpoint.lock(tmp_path)
+    held.close()
+    checkpoint.lock(tmp_path).close()
