@@ -1,4 +1,4 @@
-# config/shakespeare_char.py: Tiny Shakespeare, one token per character, 3.2M parameters
+# config/shakespeare_char.py: Tiny Shakespeare, one token per character, 1.8M parameters
 # expect val loss <TODO>
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char"
@@ -7,10 +7,9 @@ out_dir = "out/shakespeare_char"
 block_size = 256  # characters
 n_layer = 4
 n_head = 4
-n_embd = 256
+n_embd = 192
 pos = "rope"
 qk_norm = True
-dropout = 0.05
 
 # 2,048 characters a step; Muon takes rates that would ruin AdamW
 optimizer = "muon"
@@ -19,8 +18,8 @@ gradient_accumulation_steps = 1
 learning_rate = 3e-3  # of AdamW: embedding and norms
 min_lr = 0.0
 warmup_iters = 50
-max_iters = 1500
-lr_decay_iters = 1500
+max_iters = 1000
+lr_decay_iters = 1000
 
 eval_interval = 500
 eval_iters = None  # the whole validation split
