@@ -35,6 +35,7 @@ class GPTConfig:
     dropout: float = 0.0  # share of activations dropped in training
     bias: bool = False  # biases in linear layers and LayerNorms
     qkv_bias: bool | None = None  # biases of the query, key and value projections, as `bias` where None
+    o_bias: bool | None = None  # bias of the output projection of attention, as `bias` where None
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, before the MLP, before the head
     norm_eps: float = 1e-5  # added to the variance or mean square
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # gelu in its tanh form; relu2 is ReLU squared
@@ -70,6 +71,7 @@ class GPTConfig:
         if self.n_inner is None:
             self.n_inner = 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        self.o_bias = self.bias if self.o_bias is None else self.o_bias
 
 
 def gpt2(**shape):
@@ -200,7 +202,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.bias)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.o_bias)
         self.o_dropout = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rotation):
