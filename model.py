@@ -137,35 +137,39 @@ class KVCache:
     """Keys and values of the positions seen so far, for every layer; row b has seen `lengths[b]` of at most max_len.
 
     Rows may differ in length: a batch of prompts is right-padded, prefilled at once, and the lengths are then set to the
-    true ones. What lies beyond a row's length is never attended to, and is overwritten as the row grows.
+    true ones. What lies beyond a row's length is never attended to, and is overwritten as the row grows. With `static`
+    all of max_len is attended to, masked, and no Python number changes from step to step: shapes for torch.compile.
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, Hkv, max_len, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_len = max_len
+        self.max_len, self.static = max_len, False
         self.length = 0  # positions of the longest row
-        self.lengths = None  # (B,) where rows differ; None where all have `length`
+        self.lengths = None  # (B,) where rows differ or the cache is static; None where all have `length`
 
-    def set_lengths(self, lengths):
-        """Declare how much of each right-padded row is real: lengths (B,), in positions."""
-        self.length = int(lengths.max())
-        self.lengths = None if bool((lengths == self.length).all()) else lengths
+    def set_rows(self, lengths, static=False):
+        """Declare how much of each right-padded row is real: lengths (B,), in positions. One row becomes B equal ones."""
+        if self.k.shape[1] < len(lengths):
+            self.k, self.v = (store.repeat(1, len(lengths), 1, 1, 1) for store in (self.k, self.v))
+        self.length, self.static = int(lengths.max()), static
+        self.lengths = lengths.clone() if static or bool((lengths != self.length).any()) else None
 
     def positions(self, T):
-        """Where the next T tokens stand: (T,), or (B, T) where rows differ."""
+        """Where the next T tokens stand: (T,), or (B, T) where rows differ. Raises ValueError where they do not fit."""
+        if not self.static and self.length + T > self.max_len:
+            raise ValueError(f"{self.length + T} positions do not fit in a cache of max_len={self.max_len}: make it longer")
         new = torch.arange(T, device=self.k.device)
         return self.length + new if self.lengths is None else self.lengths[:, None] + new
 
-    def advance(self, T):
-        self.length += T
-        if self.lengths is not None:
-            self.lengths = self.lengths + T
+    def attended(self, T):
+        """How many positions the next T tokens attend to at most: S."""
+        return self.max_len if self.static else self.length + T
 
     def append(self, layer, k, v, positions):
-        """Store k, v (B, Hkv, T, D) at `positions`; all keys and values up to the longest row, (B, Hkv, S, D) each."""
-        S = self.length + k.shape[2]
+        """Store k, v (B, Hkv, T, D) at `positions`; all keys and values that are attended to, (B, Hkv, S, D) each."""
+        S = self.attended(k.shape[2])
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.lengths is None:
                 store[:, :, self.length : S] = new
@@ -173,6 +177,12 @@ class KVCache:
                 rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
                 store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, Hkv, D)
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def advance(self, T):
+        if self.lengths is not None:
+            self.lengths += T
+        if not self.static:
+            self.length += T
 
 
 def causal_mask(positions, S):
@@ -336,11 +346,10 @@ class GPT(nn.Module):
     def embed(self, idx, cache=None):
         """What the first block reads: x (B, T, C); positions (T,) or (B, T); rotation, the cosines and sines of RoPE; mask."""
         T = idx.shape[1]
-        S = T if cache is None else cache.length + T
-        limit = self.config.block_size if cache is None else min(self.config.block_size, cache.max_len)
-        if S > limit:
-            raise ValueError(f"{S} positions do not fit in {limit} (block_size, or the cache): shorten the text or enlarge it")
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit in block_size={self.config.block_size}: shorten the text or enlarge it")
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
+        S = T if cache is None else cache.attended(T)
         mask = None if T == 1 and positions.ndim == 1 else causal_mask(positions, S)  # (T, S) or (B, 1, T, S)
         x = self.tok_emb(idx)  # (B, T, C)
         if self.pos_emb is not None:
@@ -383,7 +392,13 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size, max_len):
         """An empty KVCache for batch_size rows of at most max_len positions, in the dtype of the weights."""
+        if max_len > self.config.block_size:
+            raise ValueError(f"max_len={max_len} must be at most block_size={self.config.block_size}: shorten the text")
         return KVCache(self.config, batch_size, max_len, self.device, self.dtype)
+
+    def decode(self, ids, cache):
+        """One more token of every row: ids (B,) -> logits (B, V) in float32."""
+        return self.head(self.hidden(ids[:, None], cache)[:, 0]).float()
 
     @torch.no_grad()
     def stream(
@@ -399,46 +414,59 @@ class GPT(nn.Module):
         lengths=None,
         generator=None,
         logprobs=False,
+        compiled_decode=None,
     ):
         """Yield the next id of every row, (B,), until max_new_tokens are made or every row has given one of `stop`.
 
         idx (B, T); lengths (B,): how much of each right-padded row is real, all of it where None. A finished row repeats
         its stop id. With logprobs, yields (ids, log-probabilities (B, V)) of the model itself, before temperature, penalty
-        and filters. Past block_size the last half of each row is kept and prefilled again. Filters: see `sample`.
+        and filters. Past block_size the last half of each row is kept and prefilled again. Equal rows share one prefill.
+        Filters: see `sample`. compiled_decode: torch.compile(model.decode), used for all but the prefill.
         """
         B, T = idx.shape
-        block_size = self.config.block_size
-        lengths = torch.full((B,), T, device=idx.device) if lengths is None else lengths.clone()
+        block_size, device = self.config.block_size, idx.device
+        lengths = torch.full((B,), T, device=device) if lengths is None else lengths.clone()
         text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)  # (B, T + new), row b's text is its first lengths[b]
-        rows, columns = torch.arange(B, device=idx.device), torch.arange(text.shape[1], device=idx.device)
-        real = columns < lengths[:, None]  # (B, T + new)
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=idx.device)
-        seen[rows[:, None].expand_as(text)[real], text[real]] = True
-        stops = torch.tensor(sorted(stop), device=idx.device, dtype=torch.int64)
-        finished = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        cache, last_ids = None, None
+        rows, columns = torch.arange(B, device=device), torch.arange(T + max_new_tokens, device=device)
+        seen = None
+        if repetition_penalty != 1.0:
+            padding = torch.zeros_like(text).masked_fill(columns >= lengths[:, None], self.config.vocab_size)
+            seen = torch.zeros(B, self.config.vocab_size + 1, dtype=torch.bool, device=device)
+            seen = seen.scatter(1, text + padding * (padding > 0), True)[:, :-1]  # (B, V)
+        stops = torch.tensor(sorted(stop), device=device, dtype=torch.int64)
+        finished = torch.zeros(B, dtype=torch.bool, device=device)
+        cache, last_ids, longest = None, None, int(lengths.max())  # longest: positions of the longest row
         for step in range(max_new_tokens):
-            if cache is None or cache.length == block_size:
-                # prefill the text, or where it does not fit the last half block of it
-                keep = lengths if cache is None and int(lengths.max()) <= block_size else lengths.clamp(max=max(1, block_size // 2))
-                offset = (lengths - keep)[:, None] + columns[: int(keep.max())]  # (B, longest)
-                window = text.gather(1, offset.clamp(max=text.shape[1] - 1))
-                cache = self.new_cache(B, min(block_size, window.shape[1] + max_new_tokens - step))
-                x = self.hidden(window, cache)[rows, keep - 1]  # (B, C)
-                cache.set_lengths(keep)
+            if cache is None or longest > block_size:
+                # prefill: the whole text or, where it does not fit, the last half block of it
+                keep = lengths if longest <= block_size else lengths.clamp(max=max(1, block_size // 2))
+                longest = int(keep.max())
+                places = (lengths - keep)[:, None] + columns[:longest]  # (B, longest)
+                window = text.gather(1, places.clamp(max=T + max_new_tokens - 1))
+                if bool((window == window[:1]).all() and (keep == longest).all()):
+                    window = window[:1]
+                max_len = min(block_size, longest + max_new_tokens - step)
+                if compiled_decode is not None:  # few different lengths, since each is compiled anew
+                    max_len = min(block_size, 128 * math.ceil(max_len / 128))
+                cache = self.new_cache(len(window), max_len)
+                x = self.hidden(window, cache)[rows[: len(window)], keep[: len(window)] - 1]  # (B, C), or (1, C)
+                cache.set_rows(keep, static=compiled_decode is not None)
+                logits = self.head(x).float().expand(B, -1)  # (B, V)
             else:
-                x = self.hidden(last_ids[:, None], cache)[:, 0]
-            logits = self.head(x).float()  # (B, V)
-            next_ids = sample(penalise(logits, seen, repetition_penalty), temperature, top_k, top_p, min_p, generator)  # (B,)
-            if last_ids is not None:
+                logits = (compiled_decode or self.decode)(last_ids, cache)
+            penalised = logits if seen is None else penalise(logits, seen, repetition_penalty)
+            next_ids = sample(penalised, temperature, top_k, top_p, min_p, generator)  # (B,)
+            if step and len(stops):
                 next_ids = torch.where(finished, last_ids, next_ids)
             yield (next_ids, F.log_softmax(logits, dim=-1)) if logprobs else next_ids
-            finished = finished | torch.isin(next_ids, stops)
-            if len(stops) and bool(finished.all()):
-                return
+            if len(stops):
+                finished = finished | torch.isin(next_ids, stops)
+                if bool(finished.all()):
+                    return
+            if seen is not None:
+                seen[rows, next_ids] = True
             text[rows, lengths] = next_ids
-            seen[rows, next_ids] = True
-            lengths, last_ids = lengths + 1, next_ids
+            lengths, last_ids, longest = lengths + 1, next_ids, longest + 1
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) -> (B, T + new): the prompts as given, then from column T on what `stream(**options)` yields."""
@@ -498,8 +526,6 @@ def penalise(logits, seen, penalty):
 
     logits (B, V); seen (B, V) bool.
     """
-    if penalty == 1.0:
-        return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -396,7 +396,7 @@ def test_the_same_seed_gives_the_same_text_and_logprobs_are_the_models_own():
 
 def test_a_cache_that_is_full_is_an_error():
     model = tiny_model()
-    with pytest.raises(ValueError, match="9 positions do not fit in 8"):
+    with pytest.raises(ValueError, match="9 positions do not fit in a cache of max_len=8"):
         model(torch.zeros(1, 9, dtype=torch.int64), cache=KVCache(model.config, 1, 8, "cpu", torch.float32))
 
 
