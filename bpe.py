@@ -117,7 +117,7 @@ def split_pretokens(text, pattern):
 
 
 def map_in_processes(work, items, processes, initializer=None, initargs=()):
-    """work(item) of each item, in order, a few items per process under way at a time: memory does not grow with items."""
+    """work(item) of each item, in order; only a few items per process are under way, so that memory stays constant."""
     if processes == 1:
         if initializer:
             initializer(*initargs)
@@ -162,7 +162,7 @@ class Tokenizer:
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
         if unknown := set(allowed) - self.special_tokens.keys():
             known = sorted(self.special_tokens)
-            raise ValueError(f"allowed_special={sorted(unknown)} are no special tokens of this tokenizer: it has {known}")
+            raise ValueError(f"allowed_special={sorted(unknown)} must be special tokens of this tokenizer: {known}")
         if not allowed:
             return self.encode_ordinary(text)
         longest_first = sorted(allowed, key=len, reverse=True)
@@ -287,7 +287,7 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, tokens, special_tokens, pattern="gpt2", fast=True):
-        """tokens: the bytes of every ordinary token, in order of merging; they take the ids that special_tokens (name to
+        """tokens: the bytes of every ordinary token in order of merging; they take the ids that special_tokens (name to
         id) leave free. pattern: a name in PATTERNS or a regular expression. Raises ValueError where a byte is missing,
         a token is there twice, or the ids have a gap."""
         names = {i: name.encode("utf-8") for name, i in special_tokens.items()}
@@ -295,7 +295,7 @@ class BPETokenizer(Tokenizer):
         if missing := {bytes([byte]) for byte in range(256)} - set(tokens):
             raise ValueError(f"bytes={sorted(missing)} have no token: a byte-level tokenizer needs all 256")
         if len(set(tokens)) < len(tokens) or len(names) < len(special_tokens) or max(names, default=0) >= size:
-            raise ValueError(f"tokens={len(tokens)} and special_tokens={special_tokens} must have ids 0 to {size - 1}, once each")
+            raise ValueError(f"tokens={len(tokens)}, special_tokens={special_tokens} must have ids 0 to {size - 1} once each")
         ordinary = iter(tokens)
         self.tokens = [names[i] if i in names else next(ordinary) for i in range(size)]
         self.special_tokens = dict(special_tokens)
@@ -317,7 +317,7 @@ class BPETokenizer(Tokenizer):
         learned = vocab_size - len(special_tokens)
         if learned < 256:
             needed = 256 + len(special_tokens)
-            raise ValueError(f"vocab_size={vocab_size} must be at least {needed}: 256 bytes, {len(special_tokens)} specials")
+            raise ValueError(f"vocab_size={vocab_size} must be at least {needed}, the bytes and specials: take more")
         counts = count_pretokens(texts, pattern, processes)
         if not counts:
             raise ValueError("the text to train a tokenizer on is empty: give files with text in them")
@@ -365,7 +365,8 @@ class BPETokenizer(Tokenizer):
         """The parts (bytes) of a pre-token after each merge, the single bytes first: `merge` as it is defined."""
         parts = [pretoken[i : i + 1] for i in range(len(pretoken))]
         yield parts
-        while pairs := [(self.ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in self.ranks]:
+        ranks = self.ranks
+        while pairs := [(ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks]:
             i = min(pairs)[1]
             parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
             yield parts
@@ -402,8 +403,8 @@ class BPETokenizer(Tokenizer):
         return ["".join(map(character.__getitem__, token)) for token in self.ranks]
 
     def to_dict(self):
-        specials = self.special_tokens
-        return {"type": "bpe", "pattern": self.pattern, "tokens": " ".join(self.written_tokens()), "special_tokens": specials}
+        tokens = " ".join(self.written_tokens())
+        return {"type": "bpe", "pattern": self.pattern, "tokens": tokens, "special_tokens": self.special_tokens}
 
     @classmethod
     def from_dict(cls, saved):
@@ -412,8 +413,8 @@ class BPETokenizer(Tokenizer):
     def to_huggingface(self):
         """The content of a tokenizer.json for the package tokenizers.
 
-        There a merge is a pair of tokens; here any pair that joins to a token merges. So every way to split a token into
-        two others is a merge, in the order of the tokens.
+        There a merge is a pair of tokens; here any pair that joins to a token merges. So every way to split a token
+        into two others is a merge, in the order of the tokens.
         """
         written = dict(zip(self.ranks, self.written_tokens(), strict=True))
         merges = []
@@ -444,9 +445,9 @@ class BPETokenizer(Tokenizer):
         steps = {step["type"]: step for step in steps.get("pretokenizers", [steps] if steps else [])}
         if model.get("type") != "BPE" or "ByteLevel" not in steps or saved.get("normalizer"):
             found = f"model={model.get('type')}, pre_tokenizer={sorted(steps)}, normalizer={saved.get('normalizer')}"
-            raise ValueError(f"tokenizer.json with {found} is no byte-level BPE without normalizer: use GPT-2's or Llama 3's kind")
+            raise ValueError(f"tokenizer.json has {found}: needed is byte-level BPE of GPT-2's or Llama 3's kind")
         if steps["ByteLevel"].get("add_prefix_space"):
-            raise ValueError("add_prefix_space=True in tokenizer.json is not known here: set it to false if text needs no space")
+            raise ValueError("add_prefix_space=True in tokenizer.json is not done here: set it to false if that is right")
         pattern = steps["Split"]["pattern"]["Regex"] if "Split" in steps else PATTERNS["gpt2"][0]
         pattern = next((name for name, (published, _) in PATTERNS.items() if published == pattern), pattern)
         special_tokens = {token["content"]: token["id"] for token in saved["added_tokens"]}
@@ -454,7 +455,7 @@ class BPETokenizer(Tokenizer):
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merged = list(dict.fromkeys(left + right for left, right in merges))
         if merged != sorted(merged, key=model["vocab"].get):
-            raise ValueError("merges of tokenizer.json are not in the order of the ids, which decide here: convert it by hand")
+            raise ValueError("merges of tokenizer.json are not in the order of the ids, which decide here: renumber it")
         return cls(list(map(read_token, written)), special_tokens, pattern)
 
 
@@ -466,7 +467,7 @@ def read_token(written):
     try:
         return bytes(map(BYTE_OF.__getitem__, written))
     except KeyError as error:
-        raise ValueError(f"token={written!r} holds {error}, which stands for no byte: only byte-level BPE is read") from None
+        raise ValueError(f"token={written!r} holds {error}, which stands for no byte: use a byte-level BPE") from None
 
 
 def count_pretokens(texts, pattern, processes=None):
@@ -575,7 +576,7 @@ KINDS = {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
 
 
 def load_tokenizer(saved):
-    """The tokenizer of a file written by `save`, of a tokenizer.json of Hugging Face, or of the dict that either holds."""
+    """The tokenizer of a file that `save` wrote, of Hugging Face's tokenizer.json, or of the dict that either holds."""
     if not isinstance(saved, dict):
         path = Path(saved)
         if not path.is_file():
@@ -588,7 +589,7 @@ def load_tokenizer(saved):
     if "model" in saved:
         return BPETokenizer.from_huggingface(saved)
     if saved.get("type") not in KINDS:
-        raise ValueError(f"type={saved.get('type')!r} of a tokenizer must be one of {sorted(KINDS)}: train one with bpe.py")
+        raise ValueError(f"type={saved.get('type')!r} of a tokenizer must be one of {sorted(KINDS)}: train one here")
     return KINDS[saved["type"]].from_dict(saved)
 
 
@@ -687,7 +688,8 @@ def show_merges(text, tokenizer):
         print(paint(steps[0]))
         for earlier, later in zip(steps, steps[1:]):  # noqa: B905 (one shorter)
             i = next(i for i, (old, new) in enumerate(zip(earlier, later, strict=False)) if old != new)
-            print(f"{paint(later)}    {paint(earlier[i : i + 2])} -> {paint([later[i]])}, id {tokenizer.ranks[later[i]]}")
+            pair, joined = earlier[i : i + 2], later[i]
+            print(f"{paint(later)}    {paint(pair)} -> {paint([joined])}, id {tokenizer.ranks[joined]}")
     ids = tokenizer.encode(text)
     print(f"{len(text.encode('utf-8'))} bytes, {len(ids)} tokens: {' '.join(map(str, ids))}")
 
