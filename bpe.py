@@ -17,31 +17,50 @@ BPE: Sennrich, Haddow and Birch, arXiv:1508.07909; on bytes: Radford et al., "La
 Multitask Learners" (GPT-2), 2019.
 """
 
+import argparse
+import gc
 import json
+import multiprocessing
+import os
 import re
-from collections import Counter
-from itertools import chain
+import sys
+import threading
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+from heapq import heapify, heappop, heappush
+from itertools import chain, cycle, islice
+from operator import add
 from pathlib import Path
 
 import regex
+from tqdm import tqdm
 
 # Special tokens: in the vocabulary, but never made from ordinary text. END_OF_TEXT stands between documents.
 PAD, UNKNOWN, END_OF_TEXT = "<|pad|>", "<|unk|>", "<|endoftext|>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"  # the turns of a chat
 SPECIAL_TOKENS = (PAD, UNKNOWN, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
+BPE_SPECIAL_TOKENS = (PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)  # bytes leave nothing unknown
 
-# How text is cut into pre-tokens, inside which BPE merges: as published, and the same for ASCII text as the standard
-# library's re, which is twice as fast as the package regex (under re.ASCII, \s means the same six characters).
+# How text is cut into pre-tokens, inside which BPE merges: as published, and the same for ASCII text in the standard
+# library's re, which takes half the time of the package regex (under re.ASCII, \s means the same six characters).
+CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 PATTERNS = {
     "gpt2": (
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
+        CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r" ?[A-Za-z]+|'(?:s|t|re|ve|m|ll|d)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
     ),
     "llama3": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        rf"(?i:{CONTRACTIONS})|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{{1,3}}"
+        r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
+
+# Just before a space that follows a non-space, every pattern above starts a new pre-token: there text can be cut.
+SAFE_CUT = re.compile(r"(?<=\S) ")
+LONGEST_PIECE = 400_000  # characters; tiktoken 0.14 fails on a run of a million spaces
+CACHED_PRETOKENS = 500_000
 
 
 def texts_of(texts):
@@ -63,6 +82,71 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
 
 
+def pieces_of(text, size):
+    """text in pieces of `size` characters or a little more, cut where no pre-token crosses the cut.
+
+    Only where LONGEST_PIECE characters hold no such place, the cut is made anyway.
+    """
+    start = 0
+    while len(text) - start > size:
+        found = SAFE_CUT.search(text, start + size, start + max(size, LONGEST_PIECE))
+        end = found.start() if found else start + max(size, LONGEST_PIECE)
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def split_pretokens(text, pattern):
+    """The pre-tokens of text, in order; joined they are the text. pattern: a name in PATTERNS or a regular expression.
+
+    Any text that is not ASCII is looked at in short pieces, since most of them are.
+    """
+    if pattern not in PATTERNS:
+        return regex.findall(pattern, text)
+    unicode_pattern, ascii_pattern = PATTERNS[pattern]
+    if text.isascii():
+        return re.findall(ascii_pattern, text, re.ASCII)
+    pretokens = []
+    for piece in pieces_of(text, 2_000) if len(text) < LONGEST_PIECE else [text]:
+        if piece.isascii():
+            pretokens += re.findall(ascii_pattern, piece, re.ASCII)
+        else:
+            pretokens += regex.findall(unicode_pattern, piece)
+    return pretokens
+
+
+def map_in_processes(work, items, processes, initializer=None, initargs=()):
+    """work(item) of each item, in order; only a few items per process are under way, so that memory stays constant."""
+    if processes == 1:
+        if initializer:
+            initializer(*initargs)
+        yield from map(work, items)
+        return
+    start_method = "fork" if sys.platform == "linux" else "spawn"  # forking takes 10 ms, not the 100 of a new start
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(processes, context, start_worker, (initializer, initargs)) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > 2 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def start_worker(initializer, initargs):
+    """First in each worker: end when the main process is gone, whatever killed it."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if initializer:
+        initializer(*initargs)
+
+
 class Tokenizer:
     """What the three kinds share. A kind has `tokens` (text or bytes of each id, specials included), `special_tokens`
     (name to id), `encode_ordinary`, `to_dict` and `from_dict`."""
@@ -77,7 +161,8 @@ class Tokenizer:
         (or is "all"); otherwise it is text like any other."""
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
         if unknown := set(allowed) - self.special_tokens.keys():
-            raise ValueError(f"allowed_special={sorted(unknown)} are no special tokens here: there are {sorted(self.special_tokens)}")
+            known = sorted(self.special_tokens)
+            raise ValueError(f"allowed_special={sorted(unknown)} must be special tokens of this tokenizer: {known}")
         if not allowed:
             return self.encode_ordinary(text)
         longest_first = sorted(allowed, key=len, reverse=True)
@@ -99,7 +184,8 @@ class Tokenizer:
         """The exact bytes of ids. Raises ValueError for an id outside of the vocabulary."""
         ids = list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"ids from {min(ids)} to {max(ids)} but vocab_size={self.vocab_size}: use the tokenizer that made them")
+            found = f"ids from {min(ids)} to {max(ids)} but vocab_size={self.vocab_size}"
+            raise ValueError(f"{found}: decode with the tokenizer that made them")
         joined = [self.tokens[i] for i in ids]
         return b"".join(joined) if isinstance(self.tokens[0], bytes) else "".join(joined).encode("utf-8")
 
@@ -183,7 +269,7 @@ class WordTokenizer(Tokenizer):
 
 
 def printable_bytes():
-    """GPT-2's way to write each of the 256 bytes as a visible character: a dict from byte to character, in GPT-2's order.
+    """GPT-2's way to write the 256 bytes as visible characters: byte to character, in GPT-2's order.
 
     Printable ones stand for themselves, the others for the characters from 256 on; so a space is written as Ġ.
     """
@@ -193,47 +279,97 @@ def printable_bytes():
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE: 256 bytes, then one token for each merge in the order of their learning, then the specials.
+    """Byte-level BPE: 256 bytes, then one token for each merge in the order of learning, then the specials.
 
     Text is cut into pre-tokens by a regular expression; in each, the two neighbours whose joined bytes are the token
-    with the lowest id are merged, leftmost first, until no two neighbours make a token. That is tiktoken's rule, and
-    tiktoken does the work where it is installed (`fast`); the same in plain Python is `merge`.
+    of the lowest id are merged, leftmost first, until no two neighbours make a token. That is tiktoken's rule, and
+    with `fast` tiktoken does the work; `merge` is the same in plain Python.
     """
 
     def __init__(self, tokens, special_tokens, pattern="gpt2", fast=True):
-        """tokens: bytes of every ordinary token in order of merging; they take the ids that special_tokens
-        (name to id) leave free. pattern: a name in PATTERNS or a regular expression."""
-        taken = {i: name.encode("utf-8") for name, i in special_tokens.items()}
+        """tokens: the bytes of every ordinary token in order of merging; they take the ids that special_tokens (name to
+        id) leave free. pattern: a name in PATTERNS or a regular expression. Raises ValueError where a byte is missing,
+        a token is there twice, or the ids have a gap."""
+        names = {i: name.encode("utf-8") for name, i in special_tokens.items()}
+        size = len(tokens) + len(names)
+        if missing := {bytes([byte]) for byte in range(256)} - set(tokens):
+            raise ValueError(f"bytes={sorted(missing)} have no token: a byte-level tokenizer needs all 256")
+        if len(set(tokens)) < len(tokens) or len(names) < len(special_tokens) or max(names, default=0) >= size:
+            raise ValueError(f"tokens={len(tokens)}, special_tokens={special_tokens} must have ids 0 to {size - 1} once each")
         ordinary = iter(tokens)
-        size = len(tokens) + len(taken)
-        self.tokens = [taken[i] if i in taken else next(ordinary) for i in range(size)]
+        self.tokens = [names[i] if i in names else next(ordinary) for i in range(size)]
         self.special_tokens = dict(special_tokens)
         self.pattern = pattern
         self.fast = fast
-        self.ranks = {token: i for i, token in enumerate(self.tokens) if i not in taken}
-        self.cache = {}
+        self.ranks = {token: i for i, token in enumerate(self.tokens) if i not in names}
+        self.cache = {}  # pre-token to ids
         self.tiktoken = None
 
+    @classmethod
+    def train(
+        cls, texts, vocab_size, pattern="gpt2", special_tokens=BPE_SPECIAL_TOKENS, processes=None, progress=False
+    ):
+        """Learn vocab_size tokens, 256 bytes and special_tokens included, or fewer where no pair of neighbours is left.
+
+        The most frequent pair of neighbours is merged first; of equally frequent ones, the pair of the lower ids. So
+        the result does not depend on the number of processes (None: one per core where the text is long).
+        """
+        learned = vocab_size - len(special_tokens)
+        if learned < 256:
+            needed = 256 + len(special_tokens)
+            raise ValueError(f"vocab_size={vocab_size} must be at least {needed}, the bytes and specials: take more")
+        counts = count_pretokens(texts, pattern, processes)
+        if not counts:
+            raise ValueError("the text to train a tokenizer on is empty: give files with text in them")
+        tokens = learn_tokens(counts, learned, progress)
+        return cls(tokens, {name: len(tokens) + i for i, name in enumerate(special_tokens)}, pattern)
+
     def encode_ordinary(self, text):
+        if len(text) > LONGEST_PIECE:
+            return list(chain.from_iterable(map(self.encode_ordinary, pieces_of(text, LONGEST_PIECE // 2))))
         if self.fast:
             return self.to_tiktoken().encode_ordinary(text)
+        if len(self.cache) > CACHED_PRETOKENS:
+            self.cache.clear()
         pretokens = split_pretokens(text, self.pattern)
         for pretoken in set(pretokens) - self.cache.keys():
             self.cache[pretoken] = self.merge(pretoken.encode("utf-8"))
         return list(chain.from_iterable(map(self.cache.__getitem__, pretokens)))
 
     def merge(self, pretoken):
-        """The ids of one pre-token (bytes)."""
+        """The ids of one pre-token (bytes), in n log n steps."""
         ranks = self.ranks
         if pretoken in ranks:
-            return (ranks[pretoken],)
+            return [ranks[pretoken]]
+        parts = [pretoken[i : i + 1] for i in range(len(pretoken))]  # b"" once it is merged into an earlier one
+        before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))  # the living neighbours
+        candidates = [(ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks]
+        heapify(candidates)
+        while candidates:
+            rank, i = heappop(candidates)
+            j = after[i]
+            if not parts[i] or j == len(parts) or ranks.get(parts[i] + parts[j]) != rank:
+                continue  # one of the two was merged with another neighbour
+            parts[i], parts[j] = parts[i] + parts[j], b""
+            after[i] = after[j]
+            if after[i] < len(parts):
+                before[after[i]] = i
+            for left in (before[i], i):
+                if left >= 0 and after[left] < len(parts):
+                    pair = parts[left] + parts[after[left]]
+                    if pair in ranks:
+                        heappush(candidates, (ranks[pair], left))
+        return [ranks[part] for part in parts if part]
+
+    def merge_steps(self, pretoken):
+        """The parts (bytes) of a pre-token after each merge, the single bytes first: `merge` as it is defined."""
         parts = [pretoken[i : i + 1] for i in range(len(pretoken))]
-        while len(parts) > 1:
-            best, i = min((ranks.get(parts[i] + parts[i + 1], len(self.tokens)), i) for i in range(len(parts) - 1))
-            if best == len(self.tokens):
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return tuple(ranks[part] for part in parts)
+        yield parts
+        ranks = self.ranks
+        while pairs := [(ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks]:
+            i = min(pairs)[1]
+            parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
+            yield parts
 
     def to_tiktoken(self):
         """The same tokenizer as a tiktoken.Encoding, made once."""
@@ -255,44 +391,356 @@ class BPETokenizer(Tokenizer):
             encoding = tiktoken.get_encoding("gpt2")
         except OSError as error:
             raise OSError(
-                f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}): connect to the network once, or set "
-                "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copies of its two files"
+                f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}): connect to the network once, or set "
+                "TIKTOKEN_CACHE_DIR to a folder with tiktoken's copies of its two files"
             ) from error
         ranks = encoding._mergeable_ranks
         return cls(sorted(ranks, key=ranks.get), encoding._special_tokens, "gpt2")
 
-    def to_dict(self):
+    def written_tokens(self):
+        """The ordinary tokens in visible characters, in order: "Ġthe" for b" the"."""
         character = printable_bytes()
-        written = ("".join(character[byte] for byte in token) for token in self.ranks)
-        return {"type": "bpe", "pattern": self.pattern, "tokens": " ".join(written), "special_tokens": self.special_tokens}
+        return ["".join(map(character.__getitem__, token)) for token in self.ranks]
+
+    def to_dict(self):
+        tokens = " ".join(self.written_tokens())
+        return {"type": "bpe", "pattern": self.pattern, "tokens": tokens, "special_tokens": self.special_tokens}
 
     @classmethod
     def from_dict(cls, saved):
-        byte_of = {character: byte for byte, character in printable_bytes().items()}
-        tokens = [bytes(map(byte_of.__getitem__, token)) for token in saved["tokens"].split(" ")]
-        return cls(tokens, saved["special_tokens"], saved["pattern"])
+        return cls(list(map(read_token, saved["tokens"].split(" "))), saved["special_tokens"], saved["pattern"])
+
+    def to_huggingface(self):
+        """The content of a tokenizer.json for the package tokenizers.
+
+        There a merge is a pair of tokens; here any pair that joins to a token merges. So every way to split a token
+        into two others is a merge, in the order of the tokens.
+        """
+        written = dict(zip(self.ranks, self.written_tokens(), strict=True))
+        merges = []
+        for token in self.ranks:
+            splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+            known = [split for split in splits if split[0] in self.ranks and split[1] in self.ranks]
+            known.sort(key=lambda split: (self.ranks[split[0]], self.ranks[split[1]]))
+            merges += [[written[left], written[right]] for left, right in known]
+        pattern = PATTERNS[self.pattern][0] if self.pattern in PATTERNS else self.pattern
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        vocab = {written[token]: i for token, i in self.ranks.items()} | self.special_tokens
+        return {
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": name, **plain} for name, i in self.special_tokens.items()],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
+        }
+
+    @classmethod
+    def from_huggingface(cls, saved):
+        """A byte-level BPE from the content of a tokenizer.json, of GPT-2's or Llama 3's kind; ValueError for others."""
+        model, steps = saved["model"], saved.get("pre_tokenizer") or {}
+        steps = {step["type"]: step for step in steps.get("pretokenizers", [steps] if steps else [])}
+        if model.get("type") != "BPE" or "ByteLevel" not in steps or saved.get("normalizer"):
+            found = f"model={model.get('type')}, pre_tokenizer={sorted(steps)}, normalizer={saved.get('normalizer')}"
+            raise ValueError(f"tokenizer.json has {found}: needed is byte-level BPE of GPT-2's or Llama 3's kind")
+        if steps["ByteLevel"].get("add_prefix_space"):
+            raise ValueError("add_prefix_space=True in tokenizer.json is not done here: set it to false if that is right")
+        pattern = steps["Split"]["pattern"]["Regex"] if "Split" in steps else PATTERNS["gpt2"][0]
+        pattern = next((name for name, (published, _) in PATTERNS.items() if published == pattern), pattern)
+        special_tokens = {token["content"]: token["id"] for token in saved["added_tokens"]}
+        written = sorted(model["vocab"].keys() - special_tokens.keys(), key=model["vocab"].get)
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merged = list(dict.fromkeys(left + right for left, right in merges))
+        if merged != sorted(merged, key=model["vocab"].get):
+            raise ValueError("merges of tokenizer.json are not in the order of the ids, which decide here: renumber it")
+        return cls(list(map(read_token, written)), special_tokens, pattern)
 
 
-def split_pretokens(text, pattern):
-    """The pre-tokens of text, in order; joined they are the text."""
-    if pattern in PATTERNS:
-        if text.isascii():
-            return re.findall(PATTERNS[pattern][1], text, re.ASCII)
-        pattern = PATTERNS[pattern][0]
-    return regex.findall(pattern, text)
+BYTE_OF = {character: byte for byte, character in printable_bytes().items()}
+
+
+def read_token(written):
+    """The bytes of a token in visible characters. Raises ValueError for a character that stands for no byte."""
+    try:
+        return bytes(map(BYTE_OF.__getitem__, written))
+    except KeyError as error:
+        raise ValueError(f"token={written!r} holds {error}, which stands for no byte: use a byte-level BPE") from None
+
+
+def count_pretokens(texts, pattern, processes=None):
+    """How often each pre-token stands in texts, as a Counter; counted in several processes where that pays."""
+    jobs = ((piece, pattern) for text in texts_of(texts) for piece in pieces_of(text, 1_000_000))
+    first = list(islice(jobs, 3))
+    processes = 1 if len(first) < 3 else processes or os.cpu_count()
+    counts = Counter()
+    for part in map_in_processes(count_piece, chain(first, jobs), processes):
+        counts.update(part)
+    return counts
+
+
+def count_piece(job):
+    piece, pattern = job
+    return Counter(chain.from_iterable(split_pretokens(part, pattern) for part in pieces_of(piece, 100_000)))
+
+
+def learn_tokens(pretokens, size, progress=False):
+    """The bytes of `size` tokens, 256 single bytes first, that BPE learns from a dict of pre-token to count.
+
+    A word is a string with one character per token, chr(id), so that merging a pair is replacing two characters by one.
+    Only the words that hold the merged pair are touched, and in them only the counts of its neighbours change.
+    Where the joined bytes are a token already, the pair becomes that token, and no new one is made.
+    """
+    words = [pretoken.encode("utf-8").decode("latin-1") for pretoken in pretokens]
+    frequency = list(pretokens.values()).__getitem__
+    tokens = [bytes([byte]) for byte in range(256)]
+    ids = {token: i for i, token in enumerate(tokens)}
+
+    # For each pair of characters: the words it was seen in, and how often it stands in the text.
+    where = defaultdict(list)
+    for w, word in enumerate(words):
+        for left, right in zip(word, word[1:]):  # noqa: B905 (one shorter)
+            where[left + right].append(w)
+    counts = defaultdict(int, {pair: sum(map(frequency, holders)) for pair, holders in where.items()})
+    most_frequent = [(-count, pair) for pair, count in counts.items()]
+    heapify(most_frequent)
+
+    progress_bar = tqdm(total=size - 256, desc="merges", disable=not progress)
+    collecting = gc.isenabled()
+    gc.disable()  # millions of short lists, no cycles: the collector would take a fifth of the time
+    while len(tokens) < size and most_frequent:
+        count, pair = heappop(most_frequent)
+        if counts.get(pair, 0) != -count:
+            if counts.get(pair, 0) > 0:  # it became rarer since it was put here
+                heappush(most_frequent, (-counts[pair], pair))
+            continue
+        a, b = pair
+        joined = tokens[ord(a)] + tokens[ord(b)]
+        new = chr(ids.setdefault(joined, len(tokens)))
+        if ord(new) == len(tokens):
+            tokens.append(joined)
+            progress_bar.update()
+
+        # Replace the pair in its words; those before and after it are neighbours of the new token now.
+        before, after, grown = defaultdict(list), defaultdict(list), set()
+        for w in where.pop(pair):
+            left, found, right = words[w].partition(pair)
+            if not found:
+                continue  # the pair was merged away with another neighbour
+            if pair in right:
+                grown |= recount(w, words, frequency(w), pair, new, counts, where)
+                continue
+            words[w] = left + new + right
+            if left:
+                before[left[-1]].append(w)
+            if right:
+                after[right[0]].append(w)
+        for x, holders in before.items():
+            moved = sum(map(frequency, holders))
+            counts[x + a] -= moved
+            counts[x + new] += moved
+            where[x + new] += holders
+            grown.add(x + new)
+        for x, holders in after.items():
+            moved = sum(map(frequency, holders))
+            counts[b + x] -= moved
+            counts[new + x] += moved
+            where[new + x] += holders
+            grown.add(new + x)
+        counts.pop(pair, None)
+        for other in grown:
+            heappush(most_frequent, (-counts[other], other))
+    if collecting:
+        gc.enable()
+    progress_bar.close()
+    return tokens
+
+
+def recount(w, words, count, pair, new, counts, where):
+    """Replace a pair that stands in word w more than once, counting all its pairs again; gives back those with `new`."""
+    old, words[w] = words[w], words[w].replace(pair, new)
+    for left, right in zip(old, old[1:]):  # noqa: B905 (one shorter)
+        counts[left + right] -= count
+    grown = set()
+    for left, right in zip(words[w], words[w][1:]):  # noqa: B905 (one shorter)
+        counts[left + right] += count
+        if new in (left, right):
+            where[left + right].append(w)
+            grown.add(left + right)
+    return grown
 
 
 KINDS = {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
 
 
 def load_tokenizer(saved):
-    """The tokenizer of a file written by `save`, or of the dict that `to_dict` gave."""
+    """The tokenizer of a file that `save` wrote, of Hugging Face's tokenizer.json, or of the dict that either holds."""
     if not isinstance(saved, dict):
         path = Path(saved)
         if not path.is_file():
-            raise FileNotFoundError(f"tokenizer {path} does not exist: train one with python bpe.py train --input FILE --out {path}")
-        saved = json.loads(read_text(path))
-    kind = saved.get("type")
-    if kind not in KINDS:
-        raise ValueError(f"type={kind!r} of a tokenizer must be one of {sorted(KINDS)}")
-    return KINDS[kind].from_dict(saved)
+            how = f"python bpe.py train --input FILE --out {path}"
+            raise FileNotFoundError(f"tokenizer {path} does not exist: train one with {how}")
+        try:
+            saved = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tokenizer {path} is no JSON ({error}): train one with python bpe.py train") from error
+    if "model" in saved:
+        return BPETokenizer.from_huggingface(saved)
+    if saved.get("type") not in KINDS:
+        raise ValueError(f"type={saved.get('type')!r} of a tokenizer must be one of {sorted(KINDS)}: train one here")
+    return KINDS[saved["type"]].from_dict(saved)
+
+
+# Chat templates. A message is {"role": "system" | "user" | "assistant", "content": text}. A template gives the parts of
+# one message as (text, is_special): a special part becomes its token, all else is ordinary text whatever it holds, so
+# that no message can smuggle in a special token.
+
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+
+
+def markers_parts(role, content):
+    return [({"system": SYSTEM, "user": USER, "assistant": ASSISTANT}[role], True), (content, False), (END, True)]
+
+
+def alpaca_parts(role, content):
+    """Plain text, for tokenizers that have no markers. The input of an instruction is part of the content:
+    instruction, then "\\n\\n### Input:\\n", then the input."""
+    if role == "assistant":
+        return [("\n\n### Response:\n", False), (content, False), (END_OF_TEXT, True)]
+    return [(content if role == "system" else f"{ALPACA_PREAMBLE}\n\n### Instruction:\n{content}", False)]
+
+
+def llama3_parts(role, content):
+    header = [("<|start_header_id|>", True), (role, False), ("<|end_header_id|>", True), ("\n\n", False)]
+    return [*header, (content.strip(), False), ("<|eot_id|>", True)]
+
+
+def chatml_parts(role, content):
+    return [("<|im_start|>", True), (role + "\n", False), (content, False), ("<|im_end|>", True), ("\n", False)]
+
+
+# Name: what gives the parts of a message, what the chat begins with, and how many parts come before the content.
+CHAT_TEMPLATES = {
+    "markers": (markers_parts, [], 1),
+    "alpaca": (alpaca_parts, [], 1),
+    "llama3": (llama3_parts, [("<|begin_of_text|>", True)], 4),
+    "chatml": (chatml_parts, [], 2),
+}
+
+
+def chat_parts(messages, template="markers", reply=False):
+    """The parts of a chat as (text, is_special, is_reply), is_reply for what the assistant says and the end of it.
+
+    reply: end with what comes before the assistant's next words.
+    """
+    if template not in CHAT_TEMPLATES:
+        raise ValueError(f"template={template!r} must be one of {sorted(CHAT_TEMPLATES)}")
+    parts_of, beginning, before_content = CHAT_TEMPLATES[template]
+    parts = [(text, is_special, False) for text, is_special in beginning]
+    for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"role={message['role']!r} of a message must be system, user or assistant")
+        said = message["role"] == "assistant"
+        for i, (text, is_special) in enumerate(parts_of(message["role"], message["content"])):
+            parts.append((text, is_special, said and before_content <= i < before_content + 2))  # content and its end
+    if reply:
+        parts += [(text, is_special, False) for text, is_special in parts_of("assistant", "")[:before_content]]
+    return parts
+
+
+def encode_chat(tokenizer, messages, template="markers", reply=False):
+    """ids and is_reply, two lists of equal length: the chat's tokens, and which of them the assistant says.
+
+    Raises ValueError where the tokenizer lacks a marker of the template.
+    """
+    ids, is_reply = [], []
+    for text, special, said in chat_parts(messages, template, reply):
+        if special and text not in tokenizer.special_tokens:
+            raise ValueError(f"template={template!r} needs {text}, which this tokenizer lacks: use another template")
+        part = [tokenizer.special_tokens[text]] if special else tokenizer.encode(text)
+        ids += part
+        is_reply += [said] * len(part)
+    return ids, is_reply
+
+
+def chat_text(messages, template="markers", reply=False):
+    """The chat as text, to look at; its markers are tokens only through encode_chat."""
+    return "".join(text for text, _, _ in chat_parts(messages, template, reply))
+
+
+def paint(tokens):
+    """Tokens (bytes) in one line: on a terminal each on its own background, in a pipe with | between them."""
+    texts = [token.decode("utf-8", errors="backslashreplace") for token in tokens]
+    if not sys.stdout.isatty():
+        return "|".join(texts)
+    colours = cycle((44, 42, 45, 46, 43))  # ANSI backgrounds: blue, green, magenta, cyan, yellow
+    return "".join(f"\x1b[30;{next(colours)}m{text}\x1b[0m" for text in texts)
+
+
+def show_merges(text, tokenizer):
+    """Print how each pre-token of text is merged, step by step, with the id of each new token."""
+    for pretoken in split_pretokens(text, tokenizer.pattern):
+        steps = list(tokenizer.merge_steps(pretoken.encode("utf-8")))
+        print(paint(steps[0]))
+        for earlier, later in zip(steps, steps[1:]):  # noqa: B905 (one shorter)
+            i = next(i for i, (old, new) in enumerate(zip(earlier, later, strict=False)) if old != new)
+            pair, joined = earlier[i : i + 2], later[i]
+            print(f"{paint(later)}    {paint(pair)} -> {paint([joined])}, id {tokenizer.ranks[joined]}")
+    ids = tokenizer.encode(text)
+    print(f"{len(text.encode('utf-8'))} bytes, {len(ids)} tokens: {' '.join(map(str, ids))}")
+
+
+def train_and_compare(paths, vocab_size, pattern, out):
+    """Train a tokenizer on files, save it, and print its bytes per token beside those of GPT-2's."""
+    tokenizer = BPETokenizer.train(paths, vocab_size, pattern, progress=sys.stderr.isatty())
+    tokenizer.save(out)
+    text = next((piece for text in texts_of(paths) for piece in pieces_of(text, LONGEST_PIECE)), "")
+    n_bytes = len(text.encode("utf-8"))
+    print(f"{out}: {tokenizer.vocab_size} tokens, {n_bytes / len(tokenizer.encode(text)):.3f} bytes per token")
+    if tokenizer.vocab_size < vocab_size:
+        print(f"fewer than vocab_size={vocab_size}: every pre-token of this text is one token")
+    try:
+        gpt2 = BPETokenizer.from_gpt2()
+    except OSError as error:
+        print(error)
+    else:
+        print(f"GPT-2's: {gpt2.vocab_size} tokens, {n_bytes / len(gpt2.encode(text)):.3f} bytes per token")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer, or watch one at work.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="learn a tokenizer from text files")
+    train.add_argument("--input", nargs="+", type=Path, required=True, help="UTF-8 text files")
+    train.add_argument("--vocab_size", type=int, default=4096, help="tokens, 256 bytes and the specials included")
+    train.add_argument("--pattern", choices=PATTERNS, default="gpt2", help="how text is cut into pre-tokens")
+    train.add_argument("--out", type=Path, default=Path("data/tok.json"), help="where the tokenizer is saved")
+    show = commands.add_parser("show", help="merge a text step by step")
+    show.add_argument("text")
+    tokens = commands.add_parser("tokens", help="print a text file, coloured by token")
+    tokens.add_argument("file", type=Path)
+    for command in (show, tokens):
+        command.add_argument("--tokenizer", default="gpt2", help="gpt2, or the file of a byte-level BPE tokenizer")
+    given = parser.parse_args()
+    if given.command == "train":
+        train_and_compare(given.input, given.vocab_size, given.pattern, given.out)
+        return
+    tokenizer = BPETokenizer.from_gpt2() if given.tokenizer == "gpt2" else load_tokenizer(given.tokenizer)
+    if not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"--tokenizer={given.tokenizer} is not byte-level BPE: train one with python bpe.py train")
+    if given.command == "show":
+        show_merges(given.text, tokenizer)
+    else:
+        print(paint(tokenizer.tokens[i] for i in tokenizer.encode(read_text(given.file))))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

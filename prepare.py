@@ -2,24 +2,29 @@
 
     python prepare.py pydoc                                          # always there: no network
     python prepare.py shakespeare_char                               # one token per character
-    python prepare.py shakespeare                                    # GPT-2's tokens
-    python prepare.py mytext --input notes.txt more/ 'logs/*.jsonl'  # your own text: .txt .jsonl .jsonl.gz .parquet
+    python prepare.py mytext --input notes.txt more/ 'logs/*.jsonl'  # your own: .txt .jsonl .jsonl.gz .parquet
     python prepare.py mytext --input notes.txt --tokenizer train:4096
 
 A shard is raw little-endian uint16 (uint32 above 65,536 ids) without a header. meta.json is written last: without it
 there is no dataset. A document is a .txt file, a JSON line or a table row; end-of-text stands between documents.
 Fewer than 100 documents: the last tenth of the characters are validation, as in nanoGPT. More: by a hash of the
 document, so that a document stays in its split when others are added.
+
+Text of any size is read as a stream of pieces; worker processes tokenize, and this one writes. progress.json remembers
+how many pieces are done, so that an interrupted run continues there and ends in the same bytes.
 """
 
-import ast
+import codecs
+import errno
+import functools
+import glob
+import gzip
 import hashlib
-import inspect
+import itertools
 import json
 import os
 import sys
-import urllib.request
-import warnings
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,92 +33,461 @@ from tqdm import tqdm
 
 import bpe
 from config import errors_in_one_line, read_arguments
+from sources import SOURCES, fetch, find_file, sha256_of
 
 DATA = Path("data")
+PIECE = 200_000  # characters that one call of a tokenizer gets
+BATCH = 1_000_000  # characters that one call of a worker gets
+BLOCK = 1 << 20  # bytes read from a file at a time
+SAVE_SECONDS = 2.0
+TRAINED_ON = 100_000_000  # characters of a long text that a tokenizer is trained on
+GPT2_VOCAB_SIZE = 50_257
+LLMC_MAGIC, LLMC_HEADER = 20240520, 256  # llm.c's shards begin with 256 int32: magic, version, number of tokens
 
 
 @dataclass
 class Settings:
-    name: str = ""  # the dataset: a name of the table below, or your own with --input
+    name: str = ""  # the dataset: one of the table in sources.py, or your own with --input
     input: list[str] | None = None  # files, folders or globs to read; None: what the table says
-    tokenizer: str | None = None  # char | word | gpt2 | FILE of a tokenizer | train:VOCAB_SIZE; None: the table's, or gpt2
+    tokenizer: str | None = None  # char | word | gpt2 | FILE | train:VOCAB_SIZE; None: the table's choice, or gpt2
     text_key: str = "text"  # where the text stands in a JSON line or table row
-    errors: str = "strict"  # strict: bytes that are not UTF-8 are an error; replace: they become the replacement character
-    val_fraction: float = 0.1  # share of the text that is validation
+    errors: str = "strict"  # strict: bytes that are not UTF-8 are an error; replace: U+FFFD stands for them
+    val_fraction: float | None = None  # share of the text that is validation; None: the table's, or 0.1
     shard_tokens: int = 100_000_000  # tokens of one shard
-    overwrite: bool = False  # make a dataset again that is there
+    workers: int | None = None  # processes that tokenize; None: one per core
+    overwrite: bool = False  # make again a dataset that is there
+
+    def __post_init__(self):
+        """Take what is None from the table; ValueError for what is impossible."""
+        if not self.name:
+            raise ValueError(f"no dataset is named: add one of {' '.join(SOURCES)}, or any name with --input FILE")
+        if self.name not in SOURCES and not self.input:
+            raise ValueError(f"dataset {self.name!r} is unknown: add --input FILE, or take one of {' '.join(SOURCES)}")
+        source = SOURCES.get(self.name)
+        self.tokenizer = self.tokenizer or (source.tokenizer if source else "gpt2")
+        if self.val_fraction is None:
+            self.val_fraction = source.val_fraction if source else 0.1
+        if self.errors not in ("strict", "replace"):
+            raise ValueError(f"errors={self.errors!r} must be strict or replace")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
+        if self.shard_tokens < 1 or self.workers is not None and self.workers < 1:
+            raise ValueError(f"shard_tokens={self.shard_tokens} and workers={self.workers} must be at least 1")
 
 
-@dataclass(frozen=True)
-class Download:
-    url: str
-    file: str  # its name in the dataset's folder
-    bytes: int
-    sha256: str | None
+# Reading: files to documents, each in pieces that a tokenizer can take one by one.
 
 
-@dataclass(frozen=True)
-class Source:
-    about: str  # what it is, licence
-    tokenizer: str = "gpt2"
-    downloads: tuple = ()
-    build: object = None  # a function that gives the documents, for what needs no network
+def input_files(settings):
+    """The files to read, in order; a folder stands for the text files in it. Downloads what the table names."""
+    if settings.input is None:
+        folder = folder_of(settings.name)
+        downloads = SOURCES[settings.name].downloads
+        missing = [file for file in downloads if not find_file(folder, file)]
+        if missing:
+            megabytes = sum(file.bytes for file in missing) / 1e6
+            print(f"downloading {SOURCES[settings.name].about}, about {megabytes:,.1f} MB")
+        return [find_file(folder, file) or fetch(folder, file) for file in downloads]
+    files = []
+    for name in settings.input:
+        found = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))
+        if not found:
+            raise FileNotFoundError(f"--input {name} is not there: give a file, a folder or a glob")
+        for path in found:
+            inside = sorted(path.rglob("*")) if path.is_dir() else []
+            files += [file for file in inside if file.name.endswith(tuple(READERS))] if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}")
+    return files
 
 
-def pydoc_documents():
-    """The documentation that every Python carries: help topics and the docstrings of the standard library, each once,
-    one document per topic or module; only what is ASCII."""
-    import pydoc_data.topics
+def read_documents(path, settings):
+    """The documents of a file, each an iterable of pieces to be read before the next document is taken."""
+    suffix = next((suffix for suffix in READERS if path.name.endswith(suffix)), ".txt")
+    return READERS[suffix](path, settings)
 
-    seen = set()
-    yield from (text for name, text in sorted(pydoc_data.topics.topics.items()) if text.isascii())
-    for path in standard_library():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SyntaxWarning of old escapes
+
+def read_txt(path, settings):
+    yield pieces_of_file(path, settings.errors)
+
+
+def pieces_of_file(path, errors):
+    """The text of a file in pieces, the same ones as if all of it was in memory."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    rest, done = "", 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
             try:
-                tree = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError):
+                rest += decoder.decode(block)
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, done + error.start) from None
+            done = file.tell() - len(decoder.getstate()[0])
+            used = 0
+            for piece in bpe.pieces_of(rest, PIECE):
+                if len(rest) - used < PIECE + bpe.LONGEST_PIECE:
+                    break  # where to cut may depend on what follows
+                yield piece
+                used += len(piece)
+            rest = rest[used:]
+    try:
+        rest += decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise not_utf8(path, done) from None
+    yield from bpe.pieces_of(rest, PIECE)
+
+
+def not_utf8(path, offset):
+    return ValueError(f"{path} is not UTF-8 at byte {offset:,}: convert it to UTF-8, or use --errors=replace")
+
+
+def read_jsonl(path, settings):
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
                 continue
-        docs = []
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                doc = ast.get_docstring(node)
-                if doc and doc.isascii() and doc not in seen:
-                    seen.add(doc)
-                    docs.append(inspect.cleandoc(doc))
-        if docs:
-            yield "\n\n".join(docs) + "\n"
+            try:
+                record = json.loads(line.decode("utf-8", settings.errors))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {number} is not UTF-8 ({error.reason}): use --errors=replace") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON ({error}): correct or remove it") from None
+            if not isinstance(record, dict) or not isinstance(record.get(settings.text_key), str):
+                found = sorted(record) if isinstance(record, dict) else type(record).__name__
+                key = settings.text_key
+                raise ValueError(f"{path} line {number} has no text under {key!r} but {found}: use --text_key")
+            yield bpe.pieces_of(record[settings.text_key], PIECE)
 
 
-def standard_library():
-    """The source files of the standard library in alphabetical order, without its tests and installed packages."""
-    root = Path(os.__file__).parent
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
+def read_parquet(path, settings):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from None
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
+        columns = table.schema_arrow.names
+        if settings.text_key not in columns:
+            raise ValueError(f"{path} has no column {settings.text_key!r} but {columns}: use --text_key")
+        for rows in table.iter_batches(batch_size=256, columns=[settings.text_key], use_threads=False):
+            for text in rows.column(0).to_pylist():
+                yield bpe.pieces_of(text or "", PIECE)
 
 
-TINY_SHAKESPEARE = Download(
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "input.txt",
-    1_115_394,
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-)
-SOURCES = {
-    "pydoc": Source("the documentation that every Python carries", "char", build=pydoc_documents),
-    "shakespeare_char": Source("Tiny Shakespeare, public domain", "char", (TINY_SHAKESPEARE,)),
-    "shakespeare": Source("Tiny Shakespeare, public domain", "gpt2", (TINY_SHAKESPEARE,)),
-}
+READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".parquet": read_parquet}
+
+
+def all_documents(settings, files):
+    """Every document of the dataset, as an iterable of pieces."""
+    if settings.input is None and SOURCES[settings.name].documents:
+        yield from (bpe.pieces_of(text, PIECE) for text in generated_documents(settings.name))
+    for path in files:
+        yield from read_documents(path, settings)
+
+
+@functools.cache
+def generated_documents(name):
+    """The documents of a dataset that is always there; kept, since they are gone through more than once."""
+    return list(SOURCES[name].documents())
+
+
+# Splitting, and the batches that workers get.
+
+
+def train_characters(settings, files):
+    """How many characters go to train where there are fewer than 100 documents; None where there are more."""
+    characters = documents = 0
+    for document in all_documents(settings, files):
+        found = sum(map(len, document))
+        characters, documents = characters + found, documents + (found > 0)
+        if documents == 100:
+            return None
+    if not characters:
+        raise ValueError(f"the text of {settings.name} is empty: give files with text in them")
+    return int(characters * (1 - settings.val_fraction))
+
+
+def split_pieces(settings, files, left):
+    """(split, text, begins) of each piece in order; begins: a document begins here that is not the first of its split.
+
+    left: what train_characters gave. The hash of a document is that of its first piece.
+    """
+    begun = {"train": False, "val": False}
+    for document in all_documents(settings, files):
+        in_document = set()
+        hashed = None
+        for piece in document:
+            if left is None:
+                hashed = hashed or ("val" if hash_share(piece) < settings.val_fraction else "train")
+                parts = [(hashed, piece)]
+            else:
+                parts = [("train", piece[:left]), ("val", piece[left:])]
+                left = max(0, left - len(piece))
+            for split, text in parts:
+                if text:
+                    yield split, text, begun[split] and split not in in_document
+                    in_document.add(split)
+                    begun[split] = True
+
+
+def hash_share(text):
+    """A number from 0 to 1 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:6], "big") / 2**48
+
+
+def batches_of(pieces):
+    """Lists of pieces, of BATCH characters or a little more together."""
+    batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[1])
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+WORKER = {}  # of a worker process: its tokenizer and dtype
+
+
+def start_worker(tokenizer, dtype):
+    WORKER.update(tokenizer=tokenizer, dtype=dtype)
+
+
+def encode_batch(batch):
+    """{split: (tokens as bytes, documents begun, characters, bytes of text)} of a batch of pieces."""
+    tokenizer, dtype = WORKER["tokenizer"], WORKER["dtype"]
+    end_of_text = np.array([tokenizer.special_tokens[bpe.END_OF_TEXT]], dtype)
+    results = {}
+    for split, text, begins in batch:
+        tokens, documents, characters, n_bytes = results.get(split, ([], 0, 0, 0))
+        tokens += [end_of_text] * begins + [encode_to_array(tokenizer, text).astype(dtype)]
+        results[split] = tokens, documents + begins, characters + len(text), n_bytes + len(text.encode("utf-8"))
+    return {split: (np.concatenate(tokens).tobytes(), *counts) for split, (tokens, *counts) in results.items()}
+
+
+def encode_to_array(tokenizer, text):
+    """tokenizer.encode(text) as an array; tiktoken gives one without a list of Python's integers between."""
+    if isinstance(tokenizer, bpe.BPETokenizer) and tokenizer.fast and len(text) <= bpe.LONGEST_PIECE:
+        return tokenizer.to_tiktoken().encode_to_numpy(text, disallowed_special=())
+    return np.array(tokenizer.encode(text), np.uint32)
+
+
+# Writing.
+
+
+class ShardWriter:
+    """Appends tokens to the shards of one split. `about` says what they hold, and is all that is needed to go on."""
+
+    def __init__(self, folder, split, dtype, shard_tokens, about=None):
+        self.folder, self.split = folder, split
+        self.itemsize, self.shard_tokens = np.dtype(dtype).itemsize, shard_tokens
+        self.about = about or {"tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "shards": []}
+        self.file = None
+        if self.about["shards"] and "sha256" not in self.about["shards"][-1]:
+            self.file = open(folder / self.about["shards"][-1]["file"], "r+b")
+            self.file.truncate(self.about["shards"][-1]["tokens"] * self.itemsize)  # what came after the last save
+            self.file.seek(0, os.SEEK_END)
+
+    def append(self, tokens, documents, characters, n_bytes):
+        """tokens: the bytes of whole tokens."""
+        about = self.about
+        first = not about["tokens"]
+        while tokens:
+            if self.file is None:
+                about["shards"].append({"file": f"{self.split}_{len(about['shards']):06d}.bin", "tokens": 0})
+                self.file = open(self.folder / about["shards"][-1]["file"], "wb")
+            shard = about["shards"][-1]
+            now = tokens[: (self.shard_tokens - shard["tokens"]) * self.itemsize]
+            self.file.write(now)
+            tokens = tokens[len(now) :]
+            shard["tokens"] += len(now) // self.itemsize
+            about["tokens"] += len(now) // self.itemsize
+            if shard["tokens"] == self.shard_tokens:
+                self.close_shard()
+        about["documents"] += documents + first
+        about["characters"] += characters
+        about["bytes"] += n_bytes
+
+    def sync(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close_shard(self):
+        if self.file:
+            self.sync()
+            self.file.close()
+            self.file = None
+            self.about["shards"][-1]["sha256"] = sha256_of(self.folder / self.about["shards"][-1]["file"])
+
+
+def write_json(path, content):
+    """Replace the file at once: it is the old or the new one, whole."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+# Preparing.
+
+
+def prepare(settings):
+    """Make one dataset and write its meta.json; gives back its folder. What is there already is left as it is."""
+    folder = folder_of(settings.name)
+    meta_path = folder / "meta.json"
+    if meta_path.is_file() and not settings.overwrite:
+        print(f"{folder} is prepared already: --overwrite=True makes it again")
+        return folder
+    files = input_files(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta_path.unlink(missing_ok=True)
+    try:
+        source = SOURCES.get(settings.name)
+        meta = prepare_records(settings, source, files) if source and source.records else prepare_text(settings, files)
+        write_json(meta_path, meta)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"no space is left for {folder}: free some, run the same command again, it continues") from error
+    (folder / "progress.json").unlink(missing_ok=True)
+    for split, about in meta["splits"].items():
+        print(", ".join(f"{value:,} {key}" for key, value in about.items() if key != "shards").join((f"{split}: ", "")))
+    return folder
+
+
+def prepare_text(settings, files):
+    """The meta.json of a text dataset whose shards are written; continues where an interrupted run stopped."""
+    folder = folder_of(settings.name)
+    identity = {key: value for key, value in asdict(settings).items() if key not in ("workers", "overwrite")}
+    identity["files"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    progress = read_progress(folder, identity)
+    if progress is None:
+        for shard in [*folder.glob("train_*.bin"), *folder.glob("val_*.bin")]:
+            shard.unlink()
+        left = train_characters(settings, files)
+        tokenizer = make_tokenizer(settings, files)
+        progress = {"identity": identity, "batches": 0, "left": left, "splits": {}, "tokenizer": tokenizer.to_dict()}
+    else:
+        tokenizer = bpe.load_tokenizer(progress["tokenizer"])
+    dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
+    if dtype == "<u4":
+        print(f"vocab_size={tokenizer.vocab_size} exceeds 65,536: tokens are written as uint32")
+    writers = {
+        split: ShardWriter(folder, split, dtype, settings.shard_tokens, progress["splits"].get(split))
+        for split in ("train", "val")
+    }
+
+    # Workers tokenize, this process reads, writes and remembers.
+    todo = batches_of(split_pieces(settings, files, progress["left"]))
+    todo = itertools.islice(todo, progress["batches"], None)
+    first = list(itertools.islice(todo, 2))
+    workers = 1 if len(first) < 2 else settings.workers or os.cpu_count()
+    results = bpe.map_in_processes(
+        encode_batch, itertools.chain(first, todo), workers, start_worker, (tokenizer, dtype)
+    )
+    done = sum(writer.about["bytes"] for writer in writers.values())
+    total = sum(path.stat().st_size for path in files if not path.name.endswith((".gz", ".parquet"))) or None
+    saved_at = time.monotonic()
+    with tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=None, desc=settings.name) as bar:
+        for result in results:
+            for split, encoded in result.items():
+                writers[split].append(*encoded)
+                bar.update(encoded[-1])
+            progress["batches"] += 1
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                save_progress(folder, progress, writers)
+                saved_at = time.monotonic()
+    for writer in writers.values():
+        writer.close_shard()
+
+    splits = {split: writer.about for split, writer in writers.items()}
+    digests = [shard["sha256"] for about in splits.values() for shard in about["shards"]]
+    return {
+        "format": 1,
+        "kind": "text",
+        "name": settings.name,
+        "source": {"about": SOURCES[settings.name].about if settings.name in SOURCES else "own text", **identity},
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "splits": splits,
+        "sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "tokenizer": tokenizer.to_dict(),
+    }
+
+
+def read_progress(folder, identity):
+    """What save_progress wrote for the same settings and files, or None."""
+    path = folder / "progress.json"
+    if not path.is_file():
+        return None
+    progress = json.loads(path.read_text(encoding="utf-8"))
+    if progress["identity"] != identity:
+        return None
+    print(f"continuing after {sum(about['tokens'] for about in progress['splits'].values()):,} tokens")
+    return progress
+
+
+def save_progress(folder, progress, writers):
+    for split, writer in writers.items():
+        writer.sync()
+        progress["splits"][split] = writer.about
+    write_json(folder / "progress.json", progress)
+
+
+def make_tokenizer(settings, files):
+    """The tokenizer that settings.tokenizer names, trained on the text where it has to be."""
+    choice = settings.tokenizer
+    if choice == "gpt2":
+        return bpe.BPETokenizer.from_gpt2()
+    texts = (piece for document in all_documents(settings, files) for piece in document)
+    if choice == "char":
+        return bpe.CharTokenizer.train(texts)
+    if choice == "word":
+        return bpe.WordTokenizer.train(texts)
+    if choice.startswith("train:"):
+        if not choice[6:].isdecimal():
+            raise ValueError(f"tokenizer={choice} must end in a vocabulary size: train:4096")
+        beginning = itertools.islice(texts, TRAINED_ON // PIECE)
+        return bpe.BPETokenizer.train(beginning, int(choice[6:]), processes=settings.workers, progress=True)
+    if not Path(choice).is_file():
+        raise FileNotFoundError(f"tokenizer={choice} is not there: use char, word, gpt2, train:4096 or a file")
+    return bpe.load_tokenizer(choice)
+
+
+def prepare_records(settings, source, files):
+    """The meta.json of supervised data whose {train,val,test}.jsonl are written: 80, 10 and 10%, by a hash of the text,
+    so that the same text never stands in two; what stands there twice is kept once."""
+    folder = folder_of(settings.name)
+    records = {}
+    for record in itertools.chain.from_iterable(map(source.records, files)) if files else source.records():
+        asked = [record[key] for key in ("text", "prompt", "instruction", "input") if key in record]
+        records.setdefault(" ".join("\n".join(asked).lower().split()), record)
+    splits = {"train": [], "val": [], "test": []}
+    for text, record in records.items():
+        share = hash_share(text)
+        splits["test" if share < 0.1 else "val" if share < 0.2 else "train"].append(record)
+    for split, chosen in splits.items():
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    about = {split: {"records": len(chosen)} for split, chosen in splits.items()}
+    return {"format": 1, "kind": source.kind, "name": settings.name, "source": source.about, "splits": about}
+
+
+# Opening what is prepared.
 
 
 @dataclass
 class Dataset:
-    """A dataset as open_dataset found it."""
+    """A text dataset as open_dataset found it."""
 
     folder: Path
-    tokenizer: object
+    tokenizer: bpe.Tokenizer
     tokenizer_dict: dict
     meta: dict
-    splits: dict  # 'train' and 'val': a list of 1-D memory maps of tokens each
+    splits: dict  # "train" and "val": a list of 1-D memory maps of tokens each
     bytes_per_token: dict  # of each split, for bits per byte
     sha256: str  # of all shards together
 
@@ -123,158 +497,94 @@ def folder_of(name):
     return Path(name) if "/" in str(name) else DATA / name
 
 
-def open_dataset(name):
-    """The Dataset in data/NAME, checked against its meta.json. Raises FileNotFoundError where nothing is prepared and
-    ValueError where the files are not what meta.json says."""
-    folder = folder_of(name)
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"dataset {name} is not in {folder}: run python prepare.py {name}")
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    splits = {}
-    for split in ("train", "val"):
-        splits[split] = []
-        for shard in meta["splits"][split]["shards"]:
-            path = folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["tokens"] * np.dtype(meta["dtype"]).itemsize:
-                raise ValueError(f"{path} is not the shard of {shard['tokens']:,} tokens that meta.json names: run prepare.py again")
-            splits[split].append(np.memmap(path, dtype=meta["dtype"], mode="r"))
-    check_tokens(folder, splits, meta["vocab_size"])
-    return Dataset(
-        folder,
-        bpe.load_tokenizer(meta["tokenizer"]),
-        meta["tokenizer"],
-        meta,
-        splits,
-        {split: about["bytes"] / max(1, about["tokens"]) for split, about in meta["splits"].items()},
-        meta["sha256"],
-    )
-
-
-def check_tokens(folder, splits, vocab_size):
-    """ValueError where the first million tokens of a split go beyond the vocabulary."""
-    for split, shards in splits.items():
-        largest = max((int(shard[:1_000_000].max()) for shard in shards[:1]), default=0)
-        if largest >= vocab_size:
-            raise ValueError(f"{folder} holds token {largest} in {split} but vocab_size={vocab_size}: run prepare.py again")
-
-
 def download_bytes(name):
     """How many bytes prepare would download for this dataset: 0 where nothing is missing."""
     source = SOURCES.get(name)
-    return sum(file.bytes for file in source.downloads if not find_input(name, file)) if source else 0
+    return sum(file.bytes for file in source.downloads if not find_file(folder_of(name), file)) if source else 0
 
 
-def find_input(name, file):
-    """Where a file of a dataset lies already, or None."""
-    shared = [DATA / "shakespeare_char" / "input.txt"] if file is TINY_SHAKESPEARE else []
-    return next((path for path in [folder_of(name) / file.file, *shared] if path.is_file()), None)
+def open_dataset(name):
+    """The Dataset in data/NAME, checked against its meta.json, or nanoGPT's or llm.c's files without one.
+
+    Raises FileNotFoundError where nothing is prepared, ValueError where the files are not what meta.json says.
+    """
+    folder = folder_of(name)
+    if not (folder / "meta.json").is_file():
+        return open_foreign(name, folder)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if meta["kind"] != "text":
+        raise ValueError(f"dataset {name} is of kind={meta['kind']}, needed is text: finetune.py takes this one")
+    splits = {}
+    for split, about in meta["splits"].items():
+        splits[split] = []
+        for shard in about["shards"]:
+            path = folder / shard["file"]
+            n_bytes = shard["tokens"] * np.dtype(meta["dtype"]).itemsize
+            if not path.is_file() or path.stat().st_size != n_bytes:
+                found = path.stat().st_size if path.is_file() else 0
+                raise ValueError(f"{path} has {found:,} bytes, meta.json says {n_bytes:,}: prepare it again")
+            splits[split].append(np.memmap(path, meta["dtype"], "r"))
+    check_tokens(folder, splits, meta["vocab_size"])
+    tokenizer = bpe.load_tokenizer(meta["tokenizer"])
+    bytes_per_token = {split: about["bytes"] / max(1, about["tokens"]) for split, about in meta["splits"].items()}
+    return Dataset(folder, tokenizer, meta["tokenizer"], meta, splits, bytes_per_token, meta["sha256"])
 
 
-def fetch(name, file):
-    """The path of a dataset's file, downloaded first if it is not there."""
-    if found := find_input(name, file):
-        return found
-    path = folder_of(name) / file.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {file.bytes / 1e6:.1f} MB from {file.url}")
-    try:
-        with urllib.request.urlopen(file.url, timeout=30) as response:
-            data = response.read()
-    except OSError as error:
-        raise OSError(f"no network for {file.url} ({error}): put that file at {path}") from error
-    if file.sha256 and hashlib.sha256(data).hexdigest() != file.sha256:
-        raise ValueError(f"{file.url} is not the file it was (sha256 differs): put the right one at {path}")
-    path.write_bytes(data)
-    return path
+def open_foreign(name, folder):
+    """nanoGPT's train.bin and val.bin, or llm.c's *train*.bin and *val*.bin with a header, taken as GPT-2's tokens."""
+    paths = {split: sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")}
+    headed = paths["train"] and all(map(has_header, paths["train"] + paths["val"]))
+    plain = all(paths[split] == [folder / f"{split}.bin"] for split in paths)
+    if (folder / "meta.pkl").is_file():
+        raise ValueError(f"{folder}/meta.pkl can run code and is not read: remove it and run python prepare.py {name}")
+    if (folder / "progress.json").is_file() or not (headed or plain):
+        more = "" if name in SOURCES else " --input FILE"
+        raise FileNotFoundError(f"dataset {name} is not prepared in {folder}: run python prepare.py {name}{more}")
+    print(f"{folder} has no meta.json: its tokens are taken as GPT-2's")
+    splits = {split: [map_shard(path) for path in found] for split, found in paths.items()}
+    check_tokens(folder, splits, GPT2_VOCAB_SIZE)
+    tokenizer = bpe.BPETokenizer.from_gpt2()
+    samples = {split: shards[0][:100_000] if shards else [] for split, shards in splits.items()}
+    bytes_per_token = {split: len(tokenizer.decode_bytes(ids)) / max(1, len(ids)) for split, ids in samples.items()}
+    sizes = {path.name: path.stat().st_size for found in paths.values() for path in found}
+    digest = hashlib.sha256(json.dumps(sizes).encode())
+    for shards in splits.values():
+        for shard in shards:
+            digest.update(shard[:1_000_000].tobytes())
+    meta = {"kind": "text", "name": str(name), "dtype": "<u2", "vocab_size": GPT2_VOCAB_SIZE, "files": sizes}
+    return Dataset(folder, tokenizer, tokenizer.to_dict(), meta, splits, bytes_per_token, digest.hexdigest())
 
 
-def documents_of(settings):
-    """The texts to prepare, one after the other."""
-    if settings.input:
-        paths = [Path(path) for path in settings.input]
-    elif settings.name in SOURCES:
-        source = SOURCES[settings.name]
-        if source.build:
-            yield from source.build()
-            return
-        paths = [fetch(settings.name, file) for file in source.downloads]
-    else:
-        raise ValueError(f"dataset {settings.name!r} is unknown: add --input FILE, or take one of {' '.join(sorted(SOURCES))}")
-    for path in paths:
-        yield bpe.read_text(path)
+def has_header(path):
+    with open(path, "rb") as file:
+        return file.read(4) == np.array([LLMC_MAGIC], "<i4").tobytes()
 
 
-def make_tokenizer(settings, documents):
-    choice = settings.tokenizer or (SOURCES[settings.name].tokenizer if settings.name in SOURCES else "gpt2")
-    if choice == "char":
-        return bpe.CharTokenizer.train(documents)
-    if choice == "word":
-        return bpe.WordTokenizer.train(documents)
-    if choice == "gpt2":
-        return bpe.BPETokenizer.from_gpt2()
-    return bpe.load_tokenizer(choice)
+def map_shard(path):
+    """A memory map of the tokens in nanoGPT's or llm.c's file."""
+    if not has_header(path):
+        return np.memmap(path, "<u2", "r")
+    _, version, tokens = np.fromfile(path, "<i4", 3).tolist()
+    if version != 1 or path.stat().st_size != LLMC_HEADER * 4 + tokens * 2:
+        found = f"version={version} and {path.stat().st_size:,} bytes for {tokens:,} tokens"
+        raise ValueError(f"{path} has {found}: needed is version 1, a header of 1,024 bytes and two bytes per token")
+    return np.memmap(path, "<u2", "r", offset=LLMC_HEADER * 4)
 
 
-def split_documents(documents, val_fraction):
-    """{'train': texts, 'val': texts}: by characters for fewer than 100 documents, else by a hash of each."""
-    splits = {"train": [], "val": []}
-    if len(documents) >= 100:
-        for text in documents:
-            share = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
-            splits["val" if share < val_fraction else "train"].append(text)
-        return splits
-    left = int(sum(map(len, documents)) * (1 - val_fraction))
-    for text in documents:
-        splits["train"] += [text[:left]] if left else []
-        splits["val"] += [text[left:]] if text[left:] else []
-        left = max(0, left - len(text))
-    return splits
-
-
-def prepare(settings):
-    """Make one dataset and write its meta.json; gives back its folder."""
-    folder = folder_of(settings.name)
-    if (folder / "meta.json").is_file() and not settings.overwrite:
-        print(f"{folder} is there already: --overwrite=True makes it again")
-        return folder
-    documents = list(documents_of(settings))
-    if not any(documents):
-        raise ValueError(f"the text of {settings.name} is empty: give files with text in them")
-    tokenizer = make_tokenizer(settings, documents)
-    dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
-    folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": 1, "kind": "text", "name": settings.name, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "splits": {}}
-    for split, texts in split_documents(documents, settings.val_fraction).items():
-        ids = []
-        for text in tqdm(texts, desc=split, leave=False, disable=not sys.stderr.isatty()):
-            ids += [tokenizer.special_tokens[bpe.END_OF_TEXT]] if ids else []
-            ids += tokenizer.encode(text)
-        shards = []
-        for start in range(0, len(ids), settings.shard_tokens):
-            shard = np.array(ids[start : start + settings.shard_tokens], dtype=dtype).tobytes()
-            file = f"{split}_{len(shards):06d}.bin"
-            (folder / file).write_bytes(shard)
-            tokens = len(shard) // np.dtype(dtype).itemsize
-            shards.append({"file": file, "tokens": tokens, "sha256": hashlib.sha256(shard).hexdigest()})
-        n_bytes = sum(len(text.encode("utf-8")) for text in texts)
-        characters = sum(map(len, texts))
-        meta["splits"][split] = {"tokens": len(ids), "documents": len(texts), "characters": characters, "bytes": n_bytes, "shards": shards}
-        print(f"{split}: {len(texts):,} documents, {characters:,} characters, {len(ids):,} tokens")
-    digests = [shard["sha256"] for split in meta["splits"].values() for shard in split["shards"]]
-    meta["sha256"] = hashlib.sha256("".join(digests).encode()).hexdigest()
-    meta["settings"] = asdict(settings)
-    meta["tokenizer"] = tokenizer.to_dict()
-    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return folder
+def check_tokens(folder, splits, vocab_size):
+    """ValueError where the first million tokens of a split hold one beyond the vocabulary."""
+    for split, shards in splits.items():
+        largest = max((int(shard[:1_000_000].max()) for shard in shards[:1] if len(shard)), default=0)
+        if largest >= vocab_size:
+            found = f"token {largest} in {split} but vocab_size={vocab_size}"
+            raise ValueError(f"{folder} holds {found}: run prepare.py again with --overwrite=True")
 
 
 def main():
     given, names = read_arguments(Settings, sys.argv[1:], positional="NAME")
-    if len(names) == 1:
-        given["name"] = names[0]
-    if len(names) > 1 or not given.get("name"):
-        raise ValueError(f"names={names} must be one dataset: python prepare.py NAME, one of {' '.join(sorted(SOURCES))} or your own with --input")
-    prepare(Settings(**given))
+    if len(names) > 1:
+        raise ValueError(f"names={names} are {len(names)} datasets: prepare one at a time")
+    prepare(Settings(**{**given, **({"name": names[0]} if names else {})}))
 
 
 if __name__ == "__main__":

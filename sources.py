@@ -1,0 +1,383 @@
+"""The named datasets: where each comes from, and the generators of those that are always there.
+
+Apart from prepare.py, which turns any text into tokens, because none of this knows about tokens.
+"""
+
+import ast
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import time
+import tokenize
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
+HUGGING_FACE = "https://huggingface.co/datasets"
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file of a dataset. sha256 is that of the file as it lies in the folder; None where it is not fixed."""
+
+    url: str
+    file: str  # its name in the dataset's folder
+    bytes: int  # to download, about
+    sha256: str | None = None
+    member: str | None = None  # the part of a zip archive that is kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row of the table: downloads or a generator, never both."""
+
+    about: str  # what it is, its licence
+    downloads: tuple = ()
+    documents: Callable | None = None  # generates texts, without a network
+    records: Callable | None = None  # supervised data: reads a file, or generates without arguments
+    kind: str = "text"  # text | classification | instructions | preferences
+    tokenizer: str = "gpt2"
+    val_fraction: float = 0.1
+
+
+def standard_library():
+    """The source files of the standard library in alphabetical order, without its tests and installed packages."""
+    root = Path(os.__file__).parent
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
+
+
+def python_sources():
+    """(text, syntax tree) of each file of the standard library that is Python in UTF-8."""
+    for path in standard_library():
+        try:
+            text = path.read_bytes().decode("utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old escapes in string literals
+                tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        yield text, tree
+
+
+def pydoc_documents():
+    """The documentation that every Python carries, in ASCII: one document per help topic, then one per module of the
+    standard library, of all docstrings that no module before it has."""
+    import pydoc_data.topics
+
+    for _, topic in sorted(pydoc_data.topics.topics.items()):
+        yield ascii_text(topic)
+    seen = set()
+    for _, tree in python_sources():
+        docs = [ascii_text(doc) for doc in docstrings_of(tree)]
+        new = list(dict.fromkeys(doc for doc in docs if doc not in seen))
+        seen.update(new)
+        if new:
+            yield "\n\n".join(new) + "\n"
+
+
+def docstrings_of(tree):
+    places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, places))
+    return [doc for doc in docs if doc]
+
+
+def ascii_text(text):
+    """text with typographic quotes and dashes as ASCII, and without any other character that is not."""
+    return text.translate(str.maketrans("‘’“”–—…", "''\"\"--.")).encode("ascii", "ignore").decode("ascii")
+
+
+def stdlib_documents():
+    """The standard library's source, one document per file."""
+    for path in standard_library():
+        try:
+            yield path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+def line_records():
+    """Single lines labelled `python` (code without comments and docstrings) or `english` (of the documentation), as
+    many of one as of the other, none twice."""
+    python, english = {}, {}
+    for text, tree in python_sources():
+        hidden = set()  # the lines of comments and of strings that may be documentation
+        try:
+            for token in tokenize.generate_tokens(io.StringIO(text).readline):
+                many_lines = token.type == tokenize.STRING and token.string.rstrip("\"'") and '"""' in token.string
+                if token.type == tokenize.COMMENT or many_lines or token.line.lstrip().startswith(("'", '"')):
+                    hidden.update(range(token.start[0], token.end[0] + 1))
+        except (tokenize.TokenError, IndentationError):
+            continue
+        lines = (line.strip() for i, line in enumerate(text.splitlines(), 1) if i not in hidden)
+        python.update(dict.fromkeys(line for line in lines if len(line) >= 20 and line.isascii()))
+        for doc in docstrings_of(tree):
+            lines = (line.strip() for line in doc.splitlines())
+            english.update(dict.fromkeys(line for line in lines if is_prose(line)))
+    english = [line for line in english if line not in python]
+    chosen = random.Random(1337).sample(list(python), min(len(english), len(python)))
+    for label, lines in (("english", english[: len(chosen)]), ("python", chosen)):
+        yield from ({"label": label, "text": line} for line in lines)
+
+
+def is_prose(line):
+    """Four words or more, of letters and ordinary punctuation, with nothing that code alone has."""
+    words = line.split()
+    return len(line) >= 20 and len(words) >= 4 and line.isascii() and not set(line) & set("=()[]{}<>_*\\|@#$%^&`~+/")
+
+
+WORDS = (
+    "apple river stone cloud tiger paper green seven light music bread chair dance eagle flame grape house ivory jelly "
+    "knife lemon mouse night ocean piano queen robot sugar table uncle violin water yellow zebra basket candle dragon"
+).split()
+
+
+def task_records(items_of_each_kind=2_500):
+    """Small instructions with checkable answers, {"kind", "instruction", "input", "output"}, in equal shares."""
+    rng = random.Random(1337)
+    for kind in TASKS:
+        seen = set()
+        while len(seen) < items_of_each_kind:
+            instruction, given, answer = TASKS[kind](rng)
+            if (instruction, given) not in seen:
+                seen.add((instruction, given))
+                yield {"kind": kind, "instruction": instruction, "input": given, "output": answer}
+
+
+def some_words(rng, least, most):
+    return [rng.choice(WORDS) for _ in range(rng.randint(least, most))]
+
+
+def reverse_task(rng):
+    letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(4, 8)))
+    return "Reverse the letters.", letters, letters[::-1]
+
+
+def upper_task(rng):
+    words = " ".join(some_words(rng, 4, 6))
+    return "Write in upper case.", words, words.upper()
+
+
+def count_task(rng):
+    words = some_words(rng, 4, 8)
+    return "Count the words.", " ".join(words), str(len(words))
+
+
+def sort_task(rng):
+    numbers = [rng.randint(0, 99) for _ in range(rng.randint(4, 6))]
+    return "Sort the numbers.", " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
+
+
+def add_task(rng):
+    a, b = rng.randint(0, 999), rng.randint(0, 999)
+    return "Add the numbers.", f"{a} {b}", str(a + b)
+
+
+def subtract_task(rng):
+    a, b = sorted((rng.randint(0, 999), rng.randint(0, 999)), reverse=True)
+    return "Subtract the second number from the first.", f"{a} {b}", str(a - b)
+
+
+def largest_task(rng):
+    numbers = [rng.randint(0, 999) for _ in range(rng.randint(3, 6))]
+    return "Name the largest number.", " ".join(map(str, numbers)), str(max(numbers))
+
+
+def last_task(rng):
+    words = some_words(rng, 4, 8)
+    return "Repeat the last word.", " ".join(words), words[-1]
+
+
+def letters_task(rng):
+    letter, word = rng.choice("abc"), "".join(rng.choices("abcdefg", k=rng.randint(6, 10)))
+    return f"How often does the letter {letter} occur?", word, str(word.count(letter))
+
+
+def initials_task(rng):
+    words = some_words(rng, 4, 6)
+    return "Write the first letter of each word.", " ".join(words), "".join(word[0] for word in words)
+
+
+# Each draws from at least 10^5 possible items (36 words ^ 4, 26^4, 10^6 / 2 pairs of numbers ...).
+TASKS = {
+    "reverse": reverse_task,
+    "upper": upper_task,
+    "count": count_task,
+    "sort": sort_task,
+    "add": add_task,
+    "subtract": subtract_task,
+    "largest": largest_task,
+    "last": last_task,
+    "letters": letters_task,
+    "initials": initials_task,
+}
+
+
+def read_spam(path):
+    """The SMS collection: label, tab, message on each line; no quoting."""
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+            if len(row) != 2 or row[0] not in ("ham", "spam"):
+                raise ValueError(f"{path} line {number} is {row!r:.60}: needed is ham or spam, a tab and the message")
+            yield {"label": row[0], "text": row[1]}
+
+
+def read_instructions(path):
+    for item in read_json_list(path, ("instruction", "output")):
+        yield {"instruction": item["instruction"], "input": item.get("input", ""), "output": item["output"]}
+
+
+def read_preferences(path):
+    for item in read_json_list(path, ("instruction", "chosen", "rejected")):
+        prompt = item["instruction"] + (f"\n\n### Input:\n{item['input']}" if item.get("input") else "")
+        yield {"prompt": prompt, "chosen": item["chosen"], "rejected": item["rejected"]}
+
+
+def read_json_list(path, keys):
+    """The objects of a JSON list, or one per line of a .jsonl file, checked for keys."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        items = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}): needed is a list of objects with {', '.join(keys)}") from error
+    for number, item in enumerate(items):
+        if missing := [key for key in keys if key not in item]:
+            raise ValueError(f"{path} item {number} has {sorted(item)} but no {missing}: add it")
+        yield item
+
+
+TINY_SHAKESPEARE = Download(
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "input.txt",
+    1_115_394,
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+THE_VERDICT = Download(
+    f"{BOOK}/ch02/01_main-chapter-code/the-verdict.txt",
+    "the-verdict.txt",
+    20_479,
+    "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+)
+SPAM = Download(
+    "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+    "sms_spam.tsv",
+    203_415,
+    "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
+    member="SMSSpamCollection",
+)
+INSTRUCTIONS = Download(
+    f"{BOOK}/ch07/01_main-chapter-code/instruction-data.json",
+    "instruction-data.json",
+    203_524,
+    "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+)
+PREFERENCES = Download(
+    f"{BOOK}/ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json",
+    "instruction-data-with-preference.json",
+    386_968,
+    "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+)
+
+
+def parquet_files(address, name, count, n_bytes):
+    """Downloads of the first `count` files of a dataset on Hugging Face; name is a format of the file's number."""
+    names = [name.format(i) for i in range(count)]
+    return tuple(Download(f"{HUGGING_FACE}/{address}/{file}", file, n_bytes) for file in names)
+
+
+CONVERTED = "resolve/refs%2Fconvert%2Fparquet"  # the branch where Hugging Face keeps every dataset as parquet
+TINYSTORIES = parquet_files(f"roneneldan/TinyStories/{CONVERTED}/default/train", "{:04d}.parquet", 4, 250_000_000)
+OPENWEBTEXT = parquet_files(
+    f"Skylion007/openwebtext/{CONVERTED}/plain_text/partial-train", "{:04d}.parquet", 10, 300_000_000
+)
+FINEWEB_EDU = parquet_files("karpathy/fineweb-edu-100b-shuffle/resolve/main", "shard_{:05d}.parquet", 20, 95_000_000)
+
+SOURCES = {
+    "pydoc": Source("documentation of Python itself (PSF licence)", documents=pydoc_documents, tokenizer="char"),
+    "stdlib": Source("source of Python's standard library (PSF licence)", documents=stdlib_documents),
+    "shakespeare_char": Source("Tiny Shakespeare (public domain)", (TINY_SHAKESPEARE,), tokenizer="char"),
+    "shakespeare": Source("Tiny Shakespeare (public domain)", (TINY_SHAKESPEARE,)),
+    "the_verdict": Source("The Verdict, a short story by Edith Wharton (public domain)", (THE_VERDICT,)),
+    "tinystories": Source("TinyStories, made by GPT-3.5 and GPT-4 (CDLA-Sharing-1.0)", TINYSTORIES, val_fraction=0.01),
+    "openwebtext": Source("a sample of OpenWebText: 10 files of 80 (CC0)", OPENWEBTEXT, val_fraction=0.005),
+    "fineweb_edu": Source("a sample of FineWeb-Edu: 20 files of 1,823 (ODC-By)", FINEWEB_EDU, val_fraction=0.005),
+    "tasks": Source("small instructions with checkable answers", records=task_records, kind="instructions"),
+    "lines": Source("lines of Python and of English (PSF licence)", records=line_records, kind="classification"),
+    "spam": Source("SMS Spam Collection (CC BY 4.0)", (SPAM,), records=read_spam, kind="classification"),
+    "instruct": Source("1,100 instructions (Apache 2.0)", (INSTRUCTIONS,), records=read_instructions, kind="instructions"),
+    "preferences": Source(
+        "1,100 pairs of answers (Apache 2.0)", (PREFERENCES,), records=read_preferences, kind="preferences"
+    ),
+}
+
+
+def find_file(folder, download):
+    """Where a file of a dataset lies already, or None. Tiny Shakespeare serves two datasets."""
+    beside = folder.parent / "shakespeare_char" / download.file if download is TINY_SHAKESPEARE else None
+    return next((path for path in (folder / download.file, beside) if path and path.is_file()), None)
+
+
+def fetch(folder, download, attempts=5):
+    """The path of a dataset's file, downloaded to `folder` if it is not there: an interrupted download goes on where it
+    stopped, a failing one is tried again after 1, 2, 4 ... seconds. Raises OSError without a network."""
+    path = folder / download.file
+    partial = path.with_name(path.name + ".part")
+    folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(attempts):
+        try:
+            copy_from(download.url, partial)
+            break
+        except OSError as error:
+            gone = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
+            offline = isinstance(getattr(error, "reason", None), OSError) and not partial.is_file()
+            if gone or offline or attempt == attempts - 1:
+                kept = f", the file {download.member} in it," if download.member else ""
+                raise OSError(f"no download of {download.url} ({error}): put that file{kept} at {path}") from error
+            time.sleep(2**attempt)
+    if download.member:
+        with zipfile.ZipFile(partial) as archive:
+            partial_bytes = archive.read(download.member)
+        partial.write_bytes(partial_bytes)
+    if download.sha256 and sha256_of(partial) != download.sha256:
+        partial.unlink()
+        raise ValueError(f"{download.url} is not the file it was (its sha256 differs): put the right one at {path}")
+    partial.replace(path)
+    return path
+
+
+def copy_from(url, partial):
+    """Append to `partial` what it lacks of the file at url."""
+    have = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is left to send
+            return
+        raise
+    with response:
+        continues = response.status == 206
+        have = have if continues else 0
+        expected = have + int(response.headers.get("Content-Length") or 0)
+        bar = tqdm(total=expected, initial=have, unit="B", unit_scale=True, desc=partial.stem)
+        with bar, open(partial, "ab" if continues else "wb") as file:
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+    if expected and partial.stat().st_size < expected:
+        raise OSError(f"the connection ended at byte {partial.stat().st_size} of {expected}")
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
