@@ -537,18 +537,22 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generato
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    ids = None  # the candidates, likeliest first, where they are not all ids in order
     if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[:, [-1]]  # (B, 1)
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probs = F.softmax(logits, dim=-1)  # (B, V)
+        logits, ids = logits.topk(top_k)  # (B, k)
+    elif top_p is not None:
+        logits, ids = logits.sort(dim=-1, descending=True)  # (B, V)
+    probs = F.softmax(logits / temperature, dim=-1)
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     if top_p is not None:
-        ordered, ids = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)  # the first is always kept
-        probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+        before = probs.cumsum(-1) - probs  # what the likelier ones hold
+        probs = probs.masked_fill(before >= top_p * probs.sum(-1, keepdim=True), 0.0)
+    # the first candidate whose cumulative probability passes a uniform number: on a CPU far faster than torch.multinomial
+    cumulative = probs.double().cumsum(-1)
+    uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
 
 
 def choose_device(name="auto"):
