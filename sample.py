@@ -1,9 +1,11 @@
-"""Text out of a checkpoint or of published weights: `python sample.py --start "To be"`.
+"""Text out of a checkpoint or of published weights: `python sample.py --start "To be"`, or a conversation with --chat.
 
 The checkpoint is self-sufficient: the newest run under out/ is taken where none is named, and no flag describes the
 model. Text appears as it is made.
 """
 
+import contextlib
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -15,7 +17,14 @@ import torch
 import bpe
 import checkpoint
 import config
+import weights
+from decode import speed_up
 from model import GPT, GPTConfig, choose_device, choose_dtype
+
+# special tokens that end a text: ours, Llama 3's and ChatML's; published models may name others
+ENDS = (bpe.END_OF_TEXT, bpe.END, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>")
+# the template whose marker the tokenizer has; without any, Alpaca's plain text
+MARKERS = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", bpe.USER: "markers"}
 
 
 @dataclass
@@ -28,12 +37,17 @@ class Settings:
     which: Literal["best", "last"] = "best"  # the checkpoint with the lowest validation loss, or the last
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-    compile: bool = False  # torch.compile: the first token waits for it
+    compile: bool = False  # torch.compile of the one-token step: faster, but the second token waits for the compiler
+    quantize: Literal["int8"] | None = None  # int8 weights: a quarter of float32's bytes
+    export: str | None = None  # write the model and its tokenizer to this folder for transformers, and stop
     # text
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
     max_new_tokens: int = 500  # tokens of a text, at most
     num_samples: int = 1  # texts
     stop: list[str] = field(default_factory=list)  # strings that end a text
+    chat: bool = False  # a conversation in the terminal; /help lists its commands
+    template: str = "auto"  # how chat turns are written: markers | alpaca | llama3 | chatml; auto: what the tokenizer has
+    system: str | None = None  # the system message of a chat
     # drawing
     temperature: float = 0.8  # 0 takes the likeliest token; 1 draws as the model says; below 1 is bolder
     top_k: int | None = 200  # draw among the k likeliest
@@ -89,7 +103,7 @@ class TextStream:
 
 
 def load_model(settings):
-    """(model, tokenizer) of a run or of published weights, ready to generate."""
+    """(model, tokenizer, ids that end a text) of a run or of published weights, ready to generate."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if settings.init_from == "resume":
@@ -98,12 +112,16 @@ def load_model(settings):
         state = checkpoint.load(folder, which)
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
-        tokenizer = bpe.load_tokenizer(state["tokenizer"])
+        tokenizer = weights.load_tokenizer(state["tokenizer"])
         print(f"{folder}, step {state['step']}", file=sys.stderr)
     else:
-        model = GPT.from_pretrained(settings.init_from)
-        tokenizer = bpe.BPETokenizer.from_gpt2()
-    return model.to(device, dtype).eval(), tokenizer
+        folder = weights.find_folder(settings.init_from)
+        model = GPT.from_pretrained(folder, dtype=dtype)
+        tokenizer = weights.load_tokenizer(folder)
+    ends = set(getattr(tokenizer, "stop_ids", ())) | {
+        tokenizer.special_tokens[name] for name in ENDS if name in tokenizer.special_tokens
+    }
+    return model.to(device, dtype).eval(), tokenizer, sorted(ends)
 
 
 def read_prompt(settings, model, tokenizer):
@@ -116,7 +134,10 @@ def read_prompt(settings, model, tokenizer):
         text = bpe.read_text(path)
     if unknown := tokenizer.unknown_characters(text):
         raise ValueError(f"the tokenizer does not know {' '.join(map(repr, unknown[:10]))} of the prompt: leave them out")
-    ids = tokenizer.encode(text or bpe.END_OF_TEXT, allowed_special={bpe.END_OF_TEXT})
+    allowed = {bpe.END_OF_TEXT} & tokenizer.special_tokens.keys()
+    ids = tokenizer.encode(text or "".join(allowed) or "\n", allowed_special=allowed)
+    if getattr(tokenizer, "bos_id", None) is not None:
+        ids = [tokenizer.bos_id, *ids]
     if len(ids) > model.config.block_size:
         raise ValueError(f"the prompt has {len(ids)} tokens but block_size={model.config.block_size}: shorten it")
     return ids
@@ -132,34 +153,39 @@ def show_token(tokenizer, token, logprobs):
     print(f"{entry(token):20} | " + "  ".join(map(entry, likeliest)))
 
 
-def write_samples(settings, model, tokenizer):
-    """Print num_samples texts: the first as it is made, the others, made in the same batch, after it."""
+def drawing(settings, model, ends, compiled_decode):
+    """The settings of drawing, as model.stream takes them."""
     s = settings
-    ids = read_prompt(s, model, tokenizer)
-    idx = torch.tensor([ids] * s.num_samples, device=model.device)  # (num_samples, T)
-    end = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
-    streams = [TextStream(tokenizer, s.stop) for _ in range(s.num_samples)]
-    texts = [tokenizer.decode(ids)] * s.num_samples
-    open_rows = set(range(s.num_samples))
-    print(texts[0], end="\n" if s.show_probs else "", flush=True)
-    started_at, made, slides = time.perf_counter(), 0, len(ids) + s.max_new_tokens > model.config.block_size
-    if slides:
-        print(f"(past {model.config.block_size} tokens the oldest half is forgotten)", file=sys.stderr)
-    for new, logprobs in model.stream(
-        idx,
-        s.max_new_tokens,
+    return dict(
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
         min_p=s.min_p,
         repetition_penalty=s.repetition_penalty,
-        stop=() if end is None else (end,),
+        stop=ends,
         generator=torch.Generator(model.device).manual_seed(s.seed),
-        logprobs=True,
-    ):
-        for row in sorted(open_rows):
-            token = int(new[row])
-            if token == end:
+        compiled_decode=compiled_decode,
+    )
+
+
+def write_samples(settings, model, tokenizer, ends, compiled_decode):
+    """Print num_samples texts: the first as it is made, the others, made in the same batch, after it."""
+    s = settings
+    ids = read_prompt(s, model, tokenizer)
+    idx = torch.tensor([ids] * s.num_samples, device=model.device)  # (num_samples, T)
+    streams = [TextStream(tokenizer, s.stop) for _ in range(s.num_samples)]
+    texts = [tokenizer.decode(ids)] * s.num_samples
+    open_rows = set(range(s.num_samples))
+    if len(ids) + s.max_new_tokens > model.config.block_size:
+        print(f"(past {model.config.block_size} tokens the older half is forgotten)", file=sys.stderr)
+    print(texts[0], end="\n" if s.show_probs else "", flush=True)
+    started_at, made = time.perf_counter(), 0
+    for new in model.stream(idx, s.max_new_tokens, logprobs=s.show_probs, **drawing(s, model, ends, compiled_decode)):
+        new, logprobs = new if s.show_probs else (new, None)
+        for row, token in enumerate(new.tolist()):
+            if row not in open_rows:
+                continue
+            if token in ends:
                 open_rows.remove(row)
                 continue
             made += 1
@@ -180,12 +206,89 @@ def write_samples(settings, model, tokenizer):
     print(f"{made} tokens, {made / seconds:.0f} a second", file=sys.stderr)
 
 
+HELP = """/reset  forget the conversation        /temp 0.7  another temperature
+/save FILE  write it as JSON           /help  this list        /quit, or Ctrl-D"""
+
+
+def fit_chat(tokenizer, messages, template, room):
+    """The ids of a conversation that waits for a reply; its oldest turns are dropped until it fits into `room` tokens."""
+    messages = list(messages)
+    while True:
+        ids, _ = bpe.encode_chat(tokenizer, messages, template, reply=True)
+        first = 1 if messages[0]["role"] == "system" else 0
+        if len(ids) <= room or len(messages) <= first + 1:
+            return ids[-room:]
+        del messages[first : first + 2]
+
+
+def chat(settings, model, tokenizer, ends, compiled_decode):
+    """A conversation in the terminal: the replies stream, Ctrl-C ends a reply, Ctrl-D the conversation."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() its history and editing)
+    s, template = settings, settings.template
+    if template == "auto":
+        template = next((name for marker, name in MARKERS.items() if marker in tokenizer.special_tokens), "alpaca")
+    options = drawing(s, model, ends, compiled_decode)
+    beginning = [{"role": "system", "content": s.system}] if s.system else []
+    messages = list(beginning)
+    room = max(1, model.config.block_size - min(s.max_new_tokens, model.config.block_size // 2))
+    print(f"template {template}, temperature {s.temperature}; /help lists the commands", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            messages = list(beginning)
+        elif command == "/temp":
+            try:
+                options["temperature"] = max(0.0, float(argument))
+            except ValueError:
+                print(f"temperature={argument!r} must be a number: /temp 0.7")
+        elif command == "/save":
+            path = Path(argument or "chat.json")
+            if path.exists():
+                print(f"{path} is there already: /save ANOTHER_NAME")
+            else:
+                path.write_text(json.dumps(messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                print(f"saved to {path}")
+        elif command.startswith("/"):
+            print(HELP)
+        elif line:
+            if unknown := tokenizer.unknown_characters(line):
+                print(f"the tokenizer does not know {' '.join(map(repr, unknown[:10]))}: leave them out")
+                continue
+            messages.append({"role": "user", "content": line})
+            ids = fit_chat(tokenizer, messages, template, room)
+            stream = TextStream(tokenizer, [*s.stop, "### Instruction:"] if template == "alpaca" else s.stop)
+            reply = ""
+            with contextlib.suppress(KeyboardInterrupt):
+                for new in model.stream(torch.tensor([ids], device=model.device), s.max_new_tokens, **options):
+                    if int(new) in ends:
+                        break
+                    text = stream.add(int(new))
+                    print(text, end="", flush=True)
+                    reply += text
+                    if stream.stopped:
+                        break
+            print(stream.rest())
+            messages.append({"role": "assistant", "content": reply + stream.rest()})
+
+
 def main(argv):
     settings = config.configure(Settings, argv)
-    model, tokenizer = load_model(settings)
-    if settings.compile:
-        model.compile()
-    write_samples(settings, model, tokenizer)
+    model, tokenizer, ends = load_model(settings)
+    if settings.export:
+        model.save_pretrained(settings.export, tokenizer)
+        print(f"{settings.export} is a folder that transformers loads")
+        return
+    compiled_decode = speed_up(model, settings.quantize, settings.compile)
+    talk = chat if settings.chat else write_samples
+    talk(settings, model, tokenizer, ends, compiled_decode)
 
 
 if __name__ == "__main__":
