@@ -54,8 +54,8 @@ class TokenizersSettings:
 
 
 def bench_tokenizers(argv):
-    """Seconds of training, and MB/s of encoding. tokenizers gets the text whole, which it counts in one thread, and again
-    in documents of 100,000 characters, which it shares out to all cores."""
+    """Seconds of training, and MB/s of encoding. tokenizers gets the text whole, which it counts in one thread, and in
+    documents of 100,000 characters, which it shares out to all cores."""
     settings = configure(TokenizersSettings, argv)
     stdlib = "".join(sources.stdlib_documents())
     corpora = [("stdlib", stdlib, 4096)]
@@ -147,13 +147,16 @@ def bench_prepare(argv):
     ours = path.stat().st_size / 1e6 / seconds["prepare.py"]
     print(f"tiktoken, one thread: {one_thread:.1f} MB/s")
     share = ours / (one_thread * settings.workers)
+    used = os.times()
+    per_cpu_second = settings.rounds * path.stat().st_size / 1e6 / (used.children_user + used.children_system)
     print(f"prepare.py, {settings.workers} workers: {ours:.1f} MB/s, {share:.0%} of {settings.workers} such threads")
+    print(f"the same by CPU time: {per_cpu_second:.1f} MB/s, {per_cpu_second / one_thread:.0%} of tiktoken")
     print(f"peak memory of all processes together: {max(peaks) / 1e6:.0f} MB")
     shutil.rmtree(SCRATCH)
 
 
 def peak_memory_of(command):
-    """Run a command; the sum of the peaks (VmHWM) of it and its children, in bytes. Linux only."""
+    """Run a command; the sum of the peaks (VmHWM) of it and its children in bytes. Linux only."""
     process = subprocess.Popen(command)
     peaks = {}
     while process.poll() is None:
