@@ -421,9 +421,7 @@ class BPETokenizer(Tokenizer):
         merges = []
         for token in self.ranks:
             splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-            known = [split for split in splits if split[0] in self.ranks and split[1] in self.ranks]
-            known.sort(key=lambda split: (self.ranks[split[0]], self.ranks[split[1]]))
-            merges += [[written[left], written[right]] for left, right in known]
+            merges += [[written[a], written[b]] for a, b in splits if a in self.ranks and b in self.ranks]
         pattern = PATTERNS[self.pattern][0] if self.pattern in PATTERNS else self.pattern
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

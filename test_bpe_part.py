@@ -173,6 +173,14 @@ def test_tokenizer_json_of_tokenizers_gives_the_same_ids_here(tmp_path):
     assert ours.encode(PEOPLE + CODE) == theirs.encode(PEOPLE + CODE).ids
 
 
+def test_tokenizer_json_that_would_give_other_ids_is_refused():
+    good = bpe.BPETokenizer.train(PEOPLE, 300).to_huggingface()
+    reordered = {**good, "model": {**good["model"], "merges": good["model"]["merges"][::-1]}}
+    for bad in (reordered, {**good, "normalizer": {"type": "NFC"}}, {**good, "model": {"type": "WordPiece"}}):
+        with pytest.raises(ValueError, match="tokenizer.json"):
+            bpe.load_tokenizer(bad)
+
+
 def test_every_tokenizer_survives_json(tmp_path):
     trained = (bpe.CharTokenizer, bpe.WordTokenizer)
     for tokenizer in [*(kind.train(PEOPLE) for kind in trained), bpe.BPETokenizer.train(PEOPLE, 300)]:
@@ -317,6 +325,23 @@ def test_killed_run_continues_to_the_same_bytes(in_tmp_path):
     assert "continuing after" in again.stdout
     for shard in Path("data/undisturbed").glob("*.bin"):
         assert shard.read_bytes() == (Path("data/killed") / shard.name).read_bytes()
+
+
+def test_shards_continue_from_the_last_save_whatever_was_written_since(tmp_path):
+    def writer(about=None):
+        return prepare.ShardWriter(tmp_path, "train", "<u2", 5, about)
+
+    first = writer()
+    first.append(np.arange(8, dtype="<u2").tobytes(), 0, 8, 8)
+    first.sync()
+    saved = json.loads(json.dumps(first.about))
+    first.append(np.full(6, 99, "<u2").tobytes(), 0, 6, 6)
+    first.sync()
+    again = writer(saved)
+    again.append(np.arange(8, 11, dtype="<u2").tobytes(), 0, 3, 3)
+    again.close_shard()
+    shards = [np.fromfile(tmp_path / shard["file"], "<u2") for shard in again.about["shards"]]
+    assert list(np.concatenate(shards)) == list(range(11)) and [len(shard) for shard in shards] == [5, 5, 1]
 
 
 def test_full_disk_is_one_line_and_no_meta(in_tmp_path, monkeypatch):
