@@ -54,8 +54,8 @@ class TokenizersSettings:
 
 
 def bench_tokenizers(argv):
-    """Seconds of training, and MB/s of encoding. tokenizers gets the text twice: whole, which it works on in one thread,
-    and in documents of 100,000 characters, which it shares out to all cores."""
+    """Seconds of training, and MB/s of encoding. tokenizers gets the text whole, which it counts in one thread, and in
+    documents of 100,000 characters, which it shares out to all cores."""
     settings = configure(TokenizersSettings, argv)
     stdlib = "".join(sources.stdlib_documents())
     corpora = [("stdlib", stdlib, 4096)]
@@ -65,7 +65,7 @@ def bench_tokenizers(argv):
     if shakespeare.is_file():
         corpora.insert(0, ("Tiny Shakespeare", bpe.read_text(shakespeare), 4096))
     for name, text, vocab_size in corpora:
-        documents = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+        documents = documents_of(text)
         contestants = {
             "bpe.py": lambda text=text, size=vocab_size: bpe.BPETokenizer.train(text, size, special_tokens=()),
             "tokenizers, whole": lambda text=text, size=vocab_size: train_huggingface([text], size),
@@ -76,10 +76,10 @@ def bench_tokenizers(argv):
         print(f"\ntraining, vocabulary {vocab_size:,} on {name}, {len(text.encode('utf-8')) / 1e6:.1f} MB")
         for contestant, taken in seconds.items():
             print(f"  {contestant:24} {taken:7.2f} s   bpe.py takes {seconds['bpe.py'] / taken:.2f} of it")
-    ours, theirs = bpe.BPETokenizer.train(stdlib, 4096, special_tokens=()), train_huggingface(documents_of(stdlib), 4096)
-    held_out = (shakespeare.read_text(encoding="utf-8") if shakespeare.is_file() else "") + stdlib[:1_000_000]
+    held_out, seen = stdlib[:2_000_000], stdlib[2_000_000:]
+    ours, theirs = bpe.BPETokenizer.train(seen, 4096, special_tokens=()), train_huggingface(documents_of(seen), 4096)
     n_ours, n_theirs = len(ours.encode(held_out)), len(theirs.encode(held_out).ids)
-    print(f"\nheld-out tokens with vocabulary 4096: bpe.py {n_ours:,}, tokenizers {n_theirs:,} ({n_ours / n_theirs - 1:+.2%})")
+    print(f"\ntokens of other text: bpe.py {n_ours:,}, tokenizers {n_theirs:,}, {n_ours / n_theirs - 1:+.2%}")
 
     text = stdlib[:5_000_000]
     megabytes = len(text.encode("utf-8")) / 1e6
@@ -146,13 +146,17 @@ def bench_prepare(argv):
     one_thread = len(text.encode("utf-8")) / 1e6 / seconds["tiktoken"]
     ours = path.stat().st_size / 1e6 / seconds["prepare.py"]
     print(f"tiktoken, one thread: {one_thread:.1f} MB/s")
-    print(f"prepare.py, {settings.workers} workers: {ours:.1f} MB/s, {ours / one_thread / settings.workers:.0%} of {settings.workers} threads")
+    share = ours / (one_thread * settings.workers)
+    used = os.times()
+    per_cpu_second = settings.rounds * path.stat().st_size / 1e6 / (used.children_user + used.children_system)
+    print(f"prepare.py, {settings.workers} workers: {ours:.1f} MB/s, {share:.0%} of {settings.workers} such threads")
+    print(f"the same by CPU time: {per_cpu_second:.1f} MB/s, {per_cpu_second / one_thread:.0%} of tiktoken")
     print(f"peak memory of all processes together: {max(peaks) / 1e6:.0f} MB")
     shutil.rmtree(SCRATCH)
 
 
 def peak_memory_of(command):
-    """Run a command; the most that it and its children hold, the sum of each one's peak (VmHWM), in bytes. Linux only."""
+    """Run a command; the sum of the peaks (VmHWM) of it and its children in bytes. Linux only."""
     process = subprocess.Popen(command)
     peaks = {}
     while process.poll() is None:
@@ -160,7 +164,7 @@ def peak_memory_of(command):
         for pid in [str(process.pid), *(children.read_text().split() if children.is_file() else [])]:
             status = Path(f"/proc/{pid}/status")
             lines = status.read_text().splitlines() if status.is_file() else []
-            peaks.update({pid: int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")})
+            peaks.update((pid, int(line.split()[1]) * 1024) for line in lines if line.startswith("VmHWM:"))
         time.sleep(0.2)
     if process.returncode:
         raise ValueError(f"{' '.join(command)} ended with status {process.returncode}: see its message above")
@@ -172,7 +176,7 @@ COMMANDS = {"tokenizers": bench_tokenizers, "prepare": bench_prepare}
 
 def main():
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        raise ValueError(f"command={sys.argv[1:2]} must be one of {' '.join(COMMANDS)}: python bench.py {min(COMMANDS)}")
+        raise ValueError(f"command={sys.argv[1:2]} must be one of {' '.join(COMMANDS)}: add it")
     os.chdir(Path(__file__).resolve().parent)
     COMMANDS[sys.argv[1]](sys.argv[2:])
 

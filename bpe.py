@@ -129,7 +129,7 @@ def map_in_processes(work, items, processes, initializer=None, initargs=()):
         pending = deque()
         for item in items:
             pending.append(pool.submit(work, item))
-            if len(pending) > 2 * processes:
+            if len(pending) > processes + 1:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -295,7 +295,8 @@ class BPETokenizer(Tokenizer):
         if missing := {bytes([byte]) for byte in range(256)} - set(tokens):
             raise ValueError(f"bytes={sorted(missing)} have no token: a byte-level tokenizer needs all 256")
         if len(set(tokens)) < len(tokens) or len(names) < len(special_tokens) or max(names, default=0) >= size:
-            raise ValueError(f"tokens={len(tokens)}, special_tokens={special_tokens} must have ids 0 to {size - 1} once each")
+            found = f"tokens={len(tokens)}, special_tokens={special_tokens}"
+            raise ValueError(f"{found} must have the ids 0 to {size - 1} once each: renumber them")
         ordinary = iter(tokens)
         self.tokens = [names[i] if i in names else next(ordinary) for i in range(size)]
         self.special_tokens = dict(special_tokens)
@@ -420,9 +421,7 @@ class BPETokenizer(Tokenizer):
         merges = []
         for token in self.ranks:
             splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-            known = [split for split in splits if split[0] in self.ranks and split[1] in self.ranks]
-            known.sort(key=lambda split: (self.ranks[split[0]], self.ranks[split[1]]))
-            merges += [[written[left], written[right]] for left, right in known]
+            merges += [[written[a], written[b]] for a, b in splits if a in self.ranks and b in self.ranks]
         pattern = PATTERNS[self.pattern][0] if self.pattern in PATTERNS else self.pattern
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -440,14 +439,14 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_huggingface(cls, saved):
-        """A byte-level BPE from the content of a tokenizer.json, of GPT-2's or Llama 3's kind; ValueError for others."""
+        """From the content of a tokenizer.json, byte-level BPE of GPT-2's or Llama 3's kind; ValueError for others."""
         model, steps = saved["model"], saved.get("pre_tokenizer") or {}
         steps = {step["type"]: step for step in steps.get("pretokenizers", [steps] if steps else [])}
         if model.get("type") != "BPE" or "ByteLevel" not in steps or saved.get("normalizer"):
             found = f"model={model.get('type')}, pre_tokenizer={sorted(steps)}, normalizer={saved.get('normalizer')}"
             raise ValueError(f"tokenizer.json has {found}: needed is byte-level BPE of GPT-2's or Llama 3's kind")
         if steps["ByteLevel"].get("add_prefix_space"):
-            raise ValueError("add_prefix_space=True in tokenizer.json is not done here: set it to false if that is right")
+            raise ValueError("add_prefix_space=True in tokenizer.json is not done here: set it to false if that fits")
         pattern = steps["Split"]["pattern"]["Regex"] if "Split" in steps else PATTERNS["gpt2"][0]
         pattern = next((name for name, (published, _) in PATTERNS.items() if published == pattern), pattern)
         special_tokens = {token["content"]: token["id"] for token in saved["added_tokens"]}
@@ -559,7 +558,7 @@ def learn_tokens(pretokens, size, progress=False):
 
 
 def recount(w, words, count, pair, new, counts, where):
-    """Replace a pair that stands in word w more than once, counting all its pairs again; gives back those with `new`."""
+    """Replace a pair that stands in word w more than once and count all its pairs again; gives those with `new`."""
     old, words[w] = words[w], words[w].replace(pair, new)
     for left, right in zip(old, old[1:]):  # noqa: B905 (one shorter)
         counts[left + right] -= count

@@ -36,9 +36,9 @@ from config import errors_in_one_line, read_arguments
 from sources import SOURCES, fetch, find_file, sha256_of
 
 DATA = Path("data")
-PIECE = 200_000  # characters that one call of a tokenizer gets
-BATCH = 1_000_000  # characters that one call of a worker gets
-BLOCK = 1 << 20  # bytes read from a file at a time
+PIECE = 100_000  # characters that one call of a tokenizer gets
+BATCH = 500_000  # characters that one call of a worker gets
+BLOCK = 1 << 18  # bytes read from a file at a time
 SAVE_SECONDS = 2.0
 TRAINED_ON = 100_000_000  # characters of a long text that a tokenizer is trained on
 GPT2_VOCAB_SIZE = 50_257

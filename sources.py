@@ -314,7 +314,9 @@ SOURCES = {
     "tasks": Source("small instructions with checkable answers", records=task_records, kind="instructions"),
     "lines": Source("lines of Python and of English (PSF licence)", records=line_records, kind="classification"),
     "spam": Source("SMS Spam Collection (CC BY 4.0)", (SPAM,), records=read_spam, kind="classification"),
-    "instruct": Source("1,100 instructions (Apache 2.0)", (INSTRUCTIONS,), records=read_instructions, kind="instructions"),
+    "instruct": Source(
+        "1,100 instructions (Apache 2.0)", (INSTRUCTIONS,), records=read_instructions, kind="instructions"
+    ),
     "preferences": Source(
         "1,100 pairs of answers (Apache 2.0)", (PREFERENCES,), records=read_preferences, kind="preferences"
     ),
