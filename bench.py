@@ -2,18 +2,22 @@
 
     python bench.py tokenizers                      # training and encoding, against tokenizers, rustbpe and tiktoken
     python bench.py prepare --gigabytes=1           # prepare.py with two workers, against tiktoken on one thread
+    python bench.py generate --model=gpt2           # tokens/s against the memory bandwidth; --peer transformers | NANOGPT
 
 Whatever is compared runs in turn, A B A B, and the median counts.
 """
 
+import importlib.util
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import bpe
 import sources
@@ -171,7 +175,142 @@ def peak_memory_of(command):
     return sum(peaks.values())
 
 
-COMMANDS = {"tokenizers": bench_tokenizers, "prepare": bench_prepare}
+@dataclass
+class GenerateSettings:
+    model: str = "gpt2"  # a preset's shape, char (10.65M parameters, block 256), or the folder of a run
+    dtype: str = "bfloat16"  # float32 | bfloat16, of the weights
+    quantize: Literal["int8"] | None = None  # int8 weights
+    compile: bool = False  # the one-token step
+    context: int = 16  # tokens of the prompt
+    new_tokens: int = 100  # tokens made
+    batch_sizes: list[str] = field(default_factory=lambda: ["1", "8"])  # rows generated together
+    rounds: int = 3  # how often each contestant runs
+    peer: str | None = None  # also measure: transformers, or the folder of a nanoGPT checkout
+
+
+def bench_generate(argv):
+    """Tokens a second after the first, the time of the first, and the share of what the memory bandwidth allows."""
+    import torch
+
+    import checkpoint
+    from decode import speed_up
+    from model import GPT, PRESETS, GPTConfig, choose_device
+
+    s, device = configure(GenerateSettings, argv), choose_device()
+    dtype = getattr(torch, s.dtype)
+    if s.model == "char":
+        config = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384)
+    else:
+        config = PRESETS.get(s.model) or GPTConfig(**checkpoint.load(s.model)["model_config"])
+    torch.manual_seed(0)
+    model = GPT(config).to(device, dtype).eval()
+    n_parameters = model.parameter_count()
+    compiled_decode = speed_up(model, s.quantize, s.compile)
+    bandwidth = memory_bandwidth(device)
+    print(f"{s.model}, {n_parameters / 1e6:.1f}M parameters, {s.dtype} {s.quantize or ''}, {'compiled' if s.compile else 'eager'}, ", end="")
+    print(f"{s.context} + {s.new_tokens} tokens on {device}; memory reads at {bandwidth / 1e9:.0f} GB/s")
+    bytes_per_step = sum(t.numel() * t.element_size() for t in [*model.blocks.parameters(), *model.blocks.buffers()])
+    bytes_per_step += sum(t.numel() * t.element_size() for t in [*model.head.parameters(), *model.head.buffers()])
+    for batch_size in map(int, s.batch_sizes):
+        prompt = torch.randint(config.vocab_size, (batch_size, s.context), device=device)
+        prompt[:, 0] = torch.arange(batch_size, device=device)  # rows differ, so each is prefilled
+        options = dict(temperature=0.8, top_k=200, compiled_decode=compiled_decode)
+
+        def ours(prompt=prompt, options=options):
+            return timed_tokens(model.stream(prompt, s.new_tokens, **options))
+
+        contestants = {"glassGPT": ours}
+        if s.peer:
+            peer = Path(s.peer).name if s.peer != "transformers" else s.peer
+            contestants[peer] = peer_generator(s.peer, config, dtype, device, prompt, s.new_tokens)
+        started_at = time.perf_counter()
+        ours()
+        warm_up = time.perf_counter() - started_at
+        results = {name: [] for name in contestants}
+        for _ in range(s.rounds):
+            for name, run in contestants.items():
+                results[name].append(run())
+        cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * (s.context + s.new_tokens / 2) * batch_size
+        limit = bandwidth / (bytes_per_step + cache_bytes * torch.finfo(dtype).bits / 8)
+        print(f"batch {batch_size}: the memory bandwidth allows {batch_size * limit:,.0f} tokens/s; first run, compiler included, {warm_up:.1f} s")
+        for name, runs in results.items():
+            first, rest = (statistics.median(values) for values in zip(*runs, strict=True))
+            rate = batch_size * (s.new_tokens - 1) / rest
+            print(
+                f"  {name:14} {rate:8,.0f} tokens/s, {rate / batch_size / limit:4.0%} of the limit; first token after {1e3 * first:,.0f} ms "
+                f"({batch_size * s.context / first:,.0f} prompt tokens/s)"
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu" else torch.cuda.max_memory_allocated()
+    print(f"peak memory of the process: {peak / 1e6:,.0f} MB")
+
+
+def timed_tokens(stream):
+    """Seconds until the first item of a generator, and from there to its end."""
+    started_at = time.perf_counter()
+    next(stream)
+    first_at = time.perf_counter()
+    for _ in stream:
+        pass
+    return first_at - started_at, time.perf_counter() - first_at
+
+
+def memory_bandwidth(device):
+    """Bytes a second of reading memory: the best of ten sums over 512 MB."""
+    import torch
+
+    numbers = torch.ones(128 * 1024 * 1024, device=device)
+    seconds = []
+    for _ in range(10):
+        started_at = time.perf_counter()
+        numbers.sum().item()
+        seconds.append(time.perf_counter() - started_at)
+    return numbers.numel() * 4 / min(seconds)
+
+
+def peer_generator(peer, config, dtype, device, prompt, new_tokens):
+    """A function that generates with transformers' GPT-2 or nanoGPT's code, of the same shape, and gives back the two times."""
+    import torch
+
+    if peer == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = dict(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd)
+        theirs = GPT2LMHeadModel(GPT2Config(**shape, n_layer=config.n_layer, n_head=config.n_head)).to(device, dtype).eval()
+
+        def generate(n):
+            options = dict(min_new_tokens=n, max_new_tokens=n, do_sample=True, temperature=0.8, top_k=200, pad_token_id=0)
+            theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    else:
+        path = Path(peer) / "model.py"
+        if not path.is_file():
+            raise ValueError(f"peer={peer} has no model.py: give transformers, or the folder of a nanoGPT checkout")
+        nano = load_module(path)
+        shape = dict(vocab_size=config.vocab_size, block_size=config.block_size, n_embd=config.n_embd, dropout=0.0)
+        theirs = nano.GPT(nano.GPTConfig(**shape, n_layer=config.n_layer, n_head=config.n_head, bias=config.bias)).to(device, dtype).eval()
+
+        def generate(n):
+            theirs.generate(prompt, n, temperature=0.8, top_k=200)
+
+    def run():
+        started_at = time.perf_counter()
+        generate(1)
+        first = time.perf_counter() - started_at
+        generate(new_tokens)
+        return first, time.perf_counter() - started_at - 2 * first
+
+    return run
+
+
+def load_module(path):
+    """A Python file as a module, without touching sys.path."""
+    spec = importlib.util.spec_from_file_location(Path(path).parent.name + "_" + Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+COMMANDS = {"tokenizers": bench_tokenizers, "prepare": bench_prepare, "generate": bench_generate}
 
 
 def main():
