@@ -3,14 +3,20 @@
     python bench.py tokenizers                      # training and encoding, against tokenizers, rustbpe and tiktoken
     python bench.py prepare --gigabytes=1           # prepare.py with two workers, against tiktoken on one thread
     python bench.py generate --model=gpt2           # tokens/s against the memory bandwidth; --peer transformers | NANOGPT
+    python bench.py faults --kills=20               # kill -9, resume, compare to the bit
 
 Whatever is compared runs in turn, A B A B, and the median counts.
 """
 
+import hashlib
 import importlib.util
+import json
+import multiprocessing
 import os
+import random
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -310,7 +316,103 @@ def load_module(path):
     return module
 
 
-COMMANDS = {"tokenizers": bench_tokenizers, "prepare": bench_prepare, "generate": bench_generate}
+@dataclass
+class FaultsSettings:
+    kills: int = 20  # kill -9 at random moments, over as many runs as it takes
+    max_iters: int = 60  # steps of a run
+    longest_life: float = 2.0  # seconds until a kill, at most
+    seed: int = 0  # of the moments
+    torchrun: bool = True  # also kill one of two processes under torchrun
+
+
+FAULTS_RUN = """--block_size=64 --n_layer=2 --n_head=4 --n_embd=128 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1
+--eval_interval=10 --checkpoint_interval=3 --eval_iters=20 --log_interval=1 --warmup_iters=5 --sample_tokens=None --compile=False
+--device=cpu""".split()
+
+
+def bench_faults(argv):
+    """Kill runs at random moments, resume each with init_from=auto, and compare the last state, to the bit, with that of a
+    run that was left alone."""
+    s = configure(FaultsSettings, argv)
+    moments = random.Random(s.seed)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    run = [*FAULTS_RUN, f"--max_iters={s.max_iters}", f"--lr_decay_iters={s.max_iters}"]
+    train_in_child([*run, f"--out_dir={SCRATCH / 'straight'}"]).join()
+    expected = state_digest(SCRATCH / "straight")
+    print(f"undisturbed: {expected[:16]}")
+    kills, in_writes, runs, same = 0, 0, 0, 0
+    while kills < s.kills:
+        folder, finished, kills_before = SCRATCH / f"killed-{runs}", False, kills
+        while not finished:
+            process = train_in_child([*run, "--init_from=auto", f"--out_dir={folder}"])
+            process.join(moments.uniform(0, s.longest_life) if kills < s.kills else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                kills, in_writes = kills + 1, in_writes + bool(list(folder.glob("*.tmp")))
+            finished = process.exitcode == 0
+        runs, same = runs + 1, same + (state_digest(folder) == expected)
+        print(f"run {runs}: {kills - kills_before} kills, {state_digest(folder)[:16]}", flush=True)
+    print(f"{kills} kills, {in_writes} of them while a checkpoint was written; {same} of {runs} runs ended in the same bits")
+    if s.torchrun:
+        torchrun_kill(run)
+    shutil.rmtree(SCRATCH)
+
+
+def train_in_child(words):
+    """A forked process that trains: it has torch imported already, so that little of its life is start-up."""
+    import train
+
+    def quiet():
+        sys.stdout = sys.stderr = open(SCRATCH / "log.txt", "a")
+        sys.exit(train.main(words))
+
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=quiet)
+    process.start()
+    return process
+
+
+def state_digest(folder):
+    """sha256 of the weights and the optimizer's state in the last checkpoint."""
+    import checkpoint
+
+    digest = hashlib.sha256()
+
+    def add(value):
+        if hasattr(value, "numpy"):
+            digest.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict | list | tuple):
+            for item in value.items() if isinstance(value, dict) else value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    state = checkpoint.load(folder)
+    add([state["step"], state["model"], state["optimizer"]])
+    return digest.hexdigest()
+
+
+def torchrun_kill(run):
+    """Two processes under torchrun with restarts, one of them killed in the middle, against two that are left alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("two", "two-killed"):
+        folder = SCRATCH / name
+        words = [*command, *run, "--init_from=auto", f"--out_dir={folder}"]
+        with open(SCRATCH / "log.txt", "a") as log:
+            process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+            while name == "two-killed" and not list(folder.glob("ckpt_*.pt")):
+                time.sleep(0.05)
+            if name == "two-killed":
+                worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+                os.kill(int(worker), signal.SIGKILL)
+            process.wait()
+        losses = [json.loads(line).get("val_loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        print(f"torchrun, {name}: status {process.returncode}, final val loss {[x for x in losses if x][-1]:.6f}, {state_digest(folder)[:16]}")
+
+
+COMMANDS = {"tokenizers": bench_tokenizers, "prepare": bench_prepare, "generate": bench_generate, "faults": bench_faults}
 
 
 def main():

@@ -552,6 +552,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generato
     cumulative = probs.double().cumsum(-1)
     uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+    drawn = drawn.clamp(max=probs.shape[-1] - 1)  # logits of a model that diverged are NaN
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
 
 

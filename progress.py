@@ -22,7 +22,7 @@ class Progress:
         self.flops_per_step = model.flops_per_token(s.block_size) * self.tokens_per_step
         self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(model.device)), None)
         self.started_at = self.logged_at = time.perf_counter()
-        self.logged_step, self.loss_sum, self.train_losses = run.step, 0.0, []
+        self.logged_step, self.train_losses = run.step, []
         path = run.folder / "metrics.jsonl"
         self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         # a resumed run goes on where its checkpoint was written, and evaluates there again
@@ -41,16 +41,12 @@ class Progress:
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
-    def stepped(self, step, loss, grad_norm, lr):
-        """Note an update: `step` are done, its mean loss is the tensor `loss`. Reads the tensor only when logging."""
-        s = self.run.settings
-        self.loss_sum = self.loss_sum + loss
-        self.bar.update()
-        if step % s.log_interval and step != s.max_iters:
-            return
-        now, steps = time.perf_counter(), step - self.logged_step
-        seconds, mean_loss = (now - self.logged_at) / steps, float(self.loss_sum) / steps
-        self.logged_at, self.logged_step, self.loss_sum = now, step, 0.0
+    def logged(self, step, mean_loss, grad_norm, lr):
+        """A line of the log: `step` updates are done, the loss is the mean over those since the last line."""
+        s, now = self.run.settings, time.perf_counter()
+        seconds = (now - self.logged_at) / (step - self.logged_step)  # a step
+        self.bar.update(step - self.logged_step)
+        self.logged_at, self.logged_step = now, step
         self.train_losses.append(mean_loss)
         rate, flops = self.tokens_per_step / seconds, self.flops_per_step / seconds
         speed = {"step_ms": round(1e3 * seconds, 3), "tokens_per_s": round(rate), "tflops": round(flops / 1e12, 4)}

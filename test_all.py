@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import bpe
 import checkpoint
 import config
+import decode
 import model as model_module
 import prepare
 import sample
@@ -403,6 +404,49 @@ def test_the_same_seed_gives_the_same_text_and_logprobs_are_the_models_own():
         idx = torch.cat([idx, new[:, None]], 1)
 
 
+def test_a_static_cache_gives_the_tokens_of_a_growing_one():
+    model = tiny_model(pos="rope", n_kv_head=2, block_size=16)
+    idx, lengths = torch.randint(61, (3, 5)), torch.tensor([5, 2, 4])
+    expected = model.generate(idx, 20, temperature=0, lengths=lengths)  # past the block too
+    assert torch.equal(model.generate(idx, 20, temperature=0, lengths=lengths, compiled_decode=model.decode), expected)
+
+
+def test_equal_prompts_share_one_prefill_and_differ_only_by_chance():
+    model, idx = tiny_model(), torch.randint(61, (1, 5)).repeat(3, 1)
+    rows_prefilled = []
+    hidden = model.hidden
+    model.hidden = lambda idx, cache=None: (rows_prefilled.append(len(idx)), hidden(idx, cache))[1]
+    together = model.generate(idx, 8, temperature=0)
+    assert rows_prefilled == [1] + [3] * 7
+    assert (together == model.generate(idx[:1], 8, temperature=0)).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fast_products_equal_the_plain_one(bias):
+    torch.manual_seed(0)
+    for N, K in ((7, 16), (64, 32)):
+        linear = torch.nn.Linear(K, N, bias=bias)
+        for shape in ((1, 1, K), (1, K), (2, 3, K)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(decode.RowLinear(linear)(x), linear(x), atol=1e-5, rtol=0)
+            int8 = decode.Int8Linear(linear)
+            weight = int8.weight.float() * int8.scale[:, None]
+            assert ((weight - linear.weight).abs() <= linear.weight.abs().amax(1, keepdim=True) / 127 / 2 + 1e-7).all()
+            step = x.abs().amax(-1, keepdim=True) / 127
+            expected = F.linear((x / step).round() * step, weight, linear.bias)
+            torch.testing.assert_close(int8(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_int8_generation_needs_no_float_weights_but_the_embedding():
+    model = tiny_model()
+    decode.speed_up(model, quantize="int8")
+    kinds = {type(module) for module in model.modules()}
+    assert decode.Int8Linear in kinds and torch.nn.Linear not in kinds
+    assert model.generate(torch.randint(61, (2, 4)), 5).shape == (2, 9)
+    with pytest.raises(ValueError, match="quantize='int3' must be int8"):
+        decode.speed_up(model, quantize="int3")
+
+
 def test_a_cache_that_is_full_is_an_error():
     model = tiny_model()
     with pytest.raises(ValueError, match="9 positions do not fit in a cache of max_len=8"):
@@ -698,6 +742,47 @@ def test_bad_input_of_sample_is_one_line_and_status_2(trained, capsys, words, sa
     assert status == 2 and says in err.splitlines()[-1] and "Traceback" not in err
 
 
+def test_chat_answers_keeps_its_history_and_saves_it(trained, capsys, monkeypatch):
+    lines = iter(["To be", "/temp x", "/temp 0", "not to be", "/save talk.json", "/help", "/reset", "/save empty.json", "Ü"])
+
+    def type_line(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_line)
+    status, out, err = run_main(sample.main, ["--chat", "--max_new_tokens=5"], capsys)
+    assert status == 0 and "template markers" in err
+    talk = json.loads(Path("talk.json").read_text())
+    assert [m["role"] for m in talk] == ["user", "assistant"] * 2 and talk[2]["content"] == "not to be"
+    assert json.loads(Path("empty.json").read_text()) == []
+    assert "temperature='x' must be a number" in out and "/reset  forget" in out and "does not know 'Ü'" in out
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_keeps_the_system_message():
+    tokenizer = bpe.CharTokenizer.train("abc")
+    messages = [{"role": "system", "content": "c"}]
+    for _ in range(5):
+        messages += [{"role": "user", "content": "a" * 5}, {"role": "assistant", "content": "b" * 5}]
+    messages.append({"role": "user", "content": "cab"})
+    ids = sample.fit_chat(tokenizer, messages, "markers", 30)
+    text = tokenizer.decode(ids)
+    assert len(ids) <= 30 and text.startswith(bpe.SYSTEM + "c") and "cab" in text and text.count("aaaaa") == 1
+
+
+def test_export_writes_a_folder_that_transformers_loads(workdir, capsys):
+    transformers = pytest.importorskip("transformers")
+    run_main(train.main, [*TINY_RUN, "--pos=learned", "--qk_norm=False"], capsys)
+    status, out, _ = run_main(sample.main, ["--export=folder"], capsys)
+    assert status == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("folder")
+    model, tokenizer, _ = sample.load_model(sample.Settings(dtype="float32"))
+    idx = torch.tensor([tokenizer.encode("To be, or")])
+    torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
+    assert transformers.AutoTokenizer.from_pretrained("folder")("To be, or").input_ids == idx[0].tolist()
+
+
 def test_sample_without_a_run_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, _, err = run_main(sample.main, [], capsys)
@@ -778,6 +863,154 @@ def test_a_newer_version_says_so_and_a_lock_dies_with_its_holder(tmp_path):
         checkpoint.lock(tmp_path)
     held.close()
     checkpoint.lock(tmp_path).close()
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+class Crash(Exception):
+    """A process that ends here, as far as the file system can tell."""
+
+
+class FailingFiles:
+    """Counts writes, flushes, fsyncs and renames of checkpoint.py; the n-th fails in the way asked for."""
+
+    def __init__(self, monkeypatch, n, how):
+        self.left, self.how = n, how
+        fsync, replace = os.fsync, os.replace
+
+        def failing_open(path, mode):
+            file = open(path, mode)
+            write, flush = file.write, file.flush
+
+            class Wrapped:
+                def write(_, data):
+                    self.count(lambda: write(bytes(data)[: len(data) // 2]))
+                    return write(data)
+
+                def flush(_):
+                    self.count()
+                    return flush()
+
+                def __enter__(wrapped):
+                    return wrapped
+
+                def __exit__(_, *error):
+                    file.close()
+
+                def fileno(_):
+                    return file.fileno()
+
+            return Wrapped()
+
+        monkeypatch.setattr(checkpoint, "open", failing_open, raising=False)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (self.count(), fsync(descriptor)))
+        monkeypatch.setattr(os, "replace", lambda *paths: (self.count(), replace(*paths)))
+
+    def count(self, tear=lambda: None):
+        self.left -= 1
+        if self.left == 0:
+            if self.how == "torn":
+                tear()
+            if self.how == "exit":
+                os._exit(7)
+            raise OSError(errno.ENOSPC, "No space left on device") if self.how == "full" else Crash()
+
+
+@pytest.mark.parametrize("how", ["full", "torn", "exit"])
+def test_a_save_that_fails_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, how):
+    failures = 0
+    for n in range(1, 200):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        checkpoint.save(folder, 1, example_state(1))
+        finished = False
+        if how == "exit":
+            child = os.fork()
+            if child == 0:
+                FailingFiles(monkeypatch, n, how)
+                checkpoint.save(folder, 2, example_state(2))
+                os._exit(0)
+            finished = os.waitpid(child, 0)[1] == 0
+        else:
+            with monkeypatch.context() as patch:
+                FailingFiles(patch, n, how)
+                try:
+                    checkpoint.save(folder, 2, example_state(2))
+                    finished = True
+                except (OSError, Crash):
+                    failures += 1
+        loaded = checkpoint.load(folder)
+        assert_same(loaded["model"], example_state(loaded["step"])["model"])
+        checkpoint.save(folder, 3, example_state(3))  # and the next save works
+        assert checkpoint.load(folder)["step"] == 3
+        if finished:
+            assert loaded["step"] == 2
+            break
+    assert n > 5 and (how == "exit" or failures == n - 1)
+
+
+def test_a_full_disk_is_a_warning_that_repeats_and_training_goes_on(workdir, capsys, monkeypatch):
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage)
+    status, out, _ = run_main(train.main, TINY_RUN, capsys)
+    assert status == 0 and out.count("WARNING: no checkpoint at step") == 4  # at 3 and 6, and for the best of each
+    assert "0 MiB are free" in out and "step 6/6" in out
+
+
+def test_gradients_that_are_not_finite_end_the_run_and_name_the_last_checkpoint(workdir, capsys):
+    words = ["--max_iters=60", "--eval_interval=1", "--learning_rate=1e38", "--optimizer=adamw", "--warmup_iters=0"]
+    status, _, err = run_main(train.main, [*TINY_RUN, *words], capsys)
+    assert status == 2 and "20 steps in a row" in err and "the last checkpoint is out/small/ckpt_" in err
+
+
+def test_a_folder_in_use_is_refused(workdir, capsys):
+    Path("out/small").mkdir(parents=True)
+    held = checkpoint.lock("out/small")
+    status, _, err = run_main(train.main, TINY_RUN, capsys)
+    assert status == 2 and "out_dir=out/small is in use by a run that is still going" in err
+    held.close()
+
+
+def test_auto_starts_where_there_is_nothing_and_resumes_where_there_is(workdir, capsys):
+    run = [*TINY_RUN, "--init_from=auto"]
+    assert "step 1/4" in run_main(train.main, [*run, "--max_iters=4"], capsys)[1]
+    out = run_main(train.main, [*run, "--max_iters=6"], capsys)[1]
+    assert "step 5/6" in out and "step 1/6" not in out and checkpoint.saved_steps("out/small")[-1] == 6
+
+
+def test_three_kills_change_no_bit_of_the_result(workdir, capsys):
+    run = [*TINY_RUN, "--max_iters=60", "--eval_interval=4", "--dropout=0.1", "--gradient_accumulation_steps=2"]
+    run_main(train.main, [*run, "--out_dir=out/straight"], capsys)
+    run += ["--init_from=auto", "--sample_tokens=None"]
+    for kill in range(3):
+        process = start("train.py", *run)
+        seen = 0
+        while seen < 9:  # past two checkpoints, which lie four steps apart
+            assert (line := process.stdout.readline()), process.stderr.read()
+            seen += line.startswith("step") and "/60" in line
+        process.kill()
+        process.communicate()
+        assert 0 < checkpoint.saved_steps("out/small")[-1] < 60, kill
+    run_main(train.main, run, capsys)
+    assert_same(final_state("out/small"), final_state("out/straight"))
+
+
+def test_two_processes_make_the_run_of_one_and_their_checkpoint_resumes_in_one(workdir, capsys):
+    # 6 rows for each of two processes are micro-steps of 4 and 2; the rotary model has been evaluated under DDP
+    run = [*TINY_RUN, "--max_iters=20", "--eval_interval=10", "--batch_size=4", "--gradient_accumulation_steps=3"]
+    run += ["--optimizer=adamw", "--learning_rate=1e-4", "--eval_iters=None", "--sample_tokens=None"]
+    run_main(train.main, run, capsys)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(HERE / "train.py"), *run, "--out_dir=out/two"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (list(map(json.loads, Path(f, "metrics.jsonl").read_text().splitlines())) for f in ("out/small", "out/two"))
+    assert len(one) == len(two) == 22
+    for a, b in zip(one, two, strict=True):
+        for key in {"loss", "val_loss"} & a.keys():
+            assert a[key] == pytest.approx(b[key], abs=1e-5)
+    status, out, _ = run_main(train.main, ["--init_from=resume", "--out_dir=out/two", "--max_iters=21"], capsys)
+    assert status == 0 and "step 21/21" in out
 
 
 # --------------------------------------------------------------------------------------------------- published weights

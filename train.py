@@ -365,6 +365,7 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
     share = G // world_size  # of them are this rank's
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
     rows = windows.rows(run.step * G + rank * share, share)  # (share, T + 1)
+    loss_sum, logged_step = torch.zeros(1, device=device), run.step  # of the steps since the last line of the log
     skipped_in_a_row, started_at = 0, time.perf_counter()
     model.train()
 
@@ -388,7 +389,6 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
             for group in optimizer.param_groups:
                 group["lr"] = group["largest_lr"] * learning_rate_at(step, s)
         torch.manual_seed(noise_seed(s.seed, step, rank))
-        loss_sum = torch.zeros((), device=device)
         for first in range(0, share, s.batch_size):
             idx, targets = make_batch(rows[first : first + s.batch_size], device)  # (b, T) each
             if world_size > 1:  # gradients are exchanged in the last backward pass only; DDP reads this in its forward
@@ -414,8 +414,11 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
                 f"the gradient of {MAX_SKIPPED} steps in a row, up to {step}, is not finite: lower learning_rate={s.learning_rate} "
                 f"and resume; {run.last_checkpoint()}"
             )
-        if progress:
-            progress.stepped(step + 1, loss_sum, grad_norm, lr=optimizers[0].param_groups[0]["lr"])
+        if (step + 1) % s.log_interval == 0 or step + 1 == s.max_iters:
+            mean_loss = all_reduce(loss_sum, world_size, device).item() / world_size / (step + 1 - logged_step)
+            if progress:
+                progress.logged(step + 1, mean_loss, grad_norm, lr=optimizers[0].param_groups[0]["lr"])
+            loss_sum, logged_step = torch.zeros(1, device=device), step + 1
     return stop
 
 
