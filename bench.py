@@ -326,7 +326,7 @@ class FaultsSettings:
 
 
 FAULTS_RUN = """--block_size=64 --n_layer=2 --n_head=4 --n_embd=128 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1
---eval_interval=10 --checkpoint_interval=3 --eval_iters=20 --log_interval=1 --warmup_iters=5 --sample_tokens=None --compile=False
+--eval_interval=10 --checkpoint_interval=2 --eval_iters=20 --log_interval=1 --warmup_iters=5 --sample_tokens=None --compile=False
 --device=cpu""".split()
 
 

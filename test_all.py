@@ -1003,7 +1003,9 @@ def test_two_processes_make_the_run_of_one_and_their_checkpoint_resumes_in_one(w
     run_main(train.main, run, capsys)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, str(HERE / "train.py"), *run, "--out_dir=out/two"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
     one, two = (list(map(json.loads, Path(f, "metrics.jsonl").read_text().splitlines())) for f in ("out/small", "out/two"))
     assert len(one) == len(two) == 22
     for a, b in zip(one, two, strict=True):

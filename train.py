@@ -515,7 +515,11 @@ def join_processes(settings, device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group(settings.backend or ("nccl" if device.type == "cuda" else "gloo"))
+    # after a restart torchrun's store still holds the addresses of the processes that died: look under another prefix
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = settings.backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
 
@@ -570,6 +574,7 @@ def main(argv):
         progress.close(stop)
         lock.close()
     if world_size > 1:
+        dist.barrier()  # no process leaves while another still talks to it
         dist.destroy_process_group()
     return 128 + stop if stop else 0
 
