@@ -430,11 +430,13 @@ def test_fast_products_equal_the_plain_one(bias):
             x = torch.randn(shape)
             torch.testing.assert_close(decode.RowLinear(linear)(x), linear(x), atol=1e-5, rtol=0)
             int8 = decode.Int8Linear(linear)
-            weight = int8.weight.float() * int8.scale[:, None]
-            assert ((weight - linear.weight).abs() <= linear.weight.abs().amax(1, keepdim=True) / 127 / 2 + 1e-7).all()
-            step = x.abs().amax(-1, keepdim=True) / 127
-            expected = F.linear((x / step).round() * step, weight, linear.bias)
-            torch.testing.assert_close(int8(x), expected, atol=1e-5, rtol=1e-5)
+            weight = int8.weight.float() * int8.scale.float()[:, None]
+            half_step = linear.weight.abs().amax(1, keepdim=True) / 127 * 0.51  # a step in bfloat16 is off by 0.4% at most
+            outermost = int8.weight.abs() == 127  # cut off where the step was rounded down
+            assert (((weight - linear.weight).abs() <= half_step) | outermost).all()
+            torch.testing.assert_close(int8(x), F.linear(x, weight, linear.bias), atol=1e-5, rtol=1e-5)
+            low = decode.Int8Linear(linear)(x.bfloat16()).float()
+            torch.testing.assert_close(low, F.linear(x, weight, linear.bias), atol=0.05, rtol=0.02)  # bfloat16: 8 bits
 
 
 def test_int8_generation_needs_no_float_weights_but_the_embedding():
