@@ -213,7 +213,8 @@ def bench_generate(argv):
     n_parameters = model.parameter_count()
     compiled_decode = speed_up(model, s.quantize, s.compile)
     bandwidth = memory_bandwidth(device)
-    print(f"{s.model}, {n_parameters / 1e6:.1f}M parameters, {s.dtype} {s.quantize or ''}, {'compiled' if s.compile else 'eager'}, ", end="")
+    kind = f"{s.dtype} {s.quantize or ''}, {'compiled' if s.compile else 'eager'}"
+    print(f"{s.model}, {n_parameters / 1e6:.1f}M parameters, {kind}, ", end="")
     print(f"{s.context} + {s.new_tokens} tokens on {device}; memory reads at {bandwidth / 1e9:.0f} GB/s")
     bytes_per_step = sum(t.numel() * t.element_size() for t in [*model.blocks.parameters(), *model.blocks.buffers()])
     bytes_per_step += sum(t.numel() * t.element_size() for t in [*model.head.parameters(), *model.head.buffers()])
@@ -238,15 +239,17 @@ def bench_generate(argv):
                 results[name].append(run())
         cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * (s.context + s.new_tokens / 2) * batch_size
         limit = bandwidth / (bytes_per_step + cache_bytes * torch.finfo(dtype).bits / 8)
-        print(f"batch {batch_size}: the memory bandwidth allows {batch_size * limit:,.0f} tokens/s; first run, compiler included, {warm_up:.1f} s")
+        allowed = f"the memory bandwidth allows {batch_size * limit:,.0f} tokens/s"
+        print(f"batch {batch_size}: {allowed}; first run, compiler included, {warm_up:.1f} s")
         for name, runs in results.items():
             first, rest = (statistics.median(values) for values in zip(*runs, strict=True))
             rate = batch_size * (s.new_tokens - 1) / rest
             print(
-                f"  {name:14} {rate:8,.0f} tokens/s, {rate / batch_size / limit:4.0%} of the limit; first token after {1e3 * first:,.0f} ms "
-                f"({batch_size * s.context / first:,.0f} prompt tokens/s)"
+                f"  {name:14} {rate:8,.0f} tokens/s, {rate / batch_size / limit:4.0%} of the limit; first token after "
+                f"{1e3 * first:,.0f} ms ({batch_size * s.context / first:,.0f} prompt tokens/s)"
             )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu" else torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak
     print(f"peak memory of the process: {peak / 1e6:,.0f} MB")
 
 
@@ -292,7 +295,8 @@ def peer_generator(peer, config, dtype, device, prompt, new_tokens):
             raise ValueError(f"peer={peer} has no model.py: give transformers, or the folder of a nanoGPT checkout")
         nano = load_module(path)
         shape = dict(vocab_size=config.vocab_size, block_size=config.block_size, n_embd=config.n_embd, dropout=0.0)
-        theirs = nano.GPT(nano.GPTConfig(**shape, n_layer=config.n_layer, n_head=config.n_head, bias=config.bias)).to(device, dtype).eval()
+        shape |= dict(n_layer=config.n_layer, n_head=config.n_head, bias=config.bias)
+        theirs = nano.GPT(nano.GPTConfig(**shape)).to(device, dtype).eval()
 
         def generate(n):
             theirs.generate(prompt, n, temperature=0.8, top_k=200)
@@ -326,8 +330,8 @@ class FaultsSettings:
 
 
 FAULTS_RUN = """--block_size=64 --n_layer=2 --n_head=4 --n_embd=128 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1
---eval_interval=10 --checkpoint_interval=2 --eval_iters=20 --log_interval=1 --warmup_iters=5 --sample_tokens=None --compile=False
---device=cpu""".split()
+--eval_interval=10 --checkpoint_interval=2 --eval_iters=20 --log_interval=1 --warmup_iters=5 --sample_tokens=None
+--compile=False --device=cpu""".split()
 
 
 def bench_faults(argv):
@@ -395,11 +399,11 @@ def state_digest(folder):
 
 def torchrun_kill(run):
     """Two processes under torchrun with restarts, one of them killed in the middle, against two that are left alone."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("two", "two-killed"):
         folder = SCRATCH / name
-        words = [*command, *run, "--init_from=auto", f"--out_dir={folder}"]
+        words = [*torchrun, "train.py", *run, "--init_from=auto", f"--out_dir={folder}"]
         with open(SCRATCH / "log.txt", "a") as log:
             process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
             while name == "two-killed" and not list(folder.glob("ckpt_*.pt")):
@@ -409,7 +413,8 @@ def torchrun_kill(run):
                 os.kill(int(worker), signal.SIGKILL)
             process.wait()
         losses = [json.loads(line).get("val_loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        print(f"torchrun, {name}: status {process.returncode}, final val loss {[x for x in losses if x][-1]:.6f}, {state_digest(folder)[:16]}")
+        val_loss = [loss for loss in losses if loss][-1]
+        print(f"torchrun, {name}: status {process.returncode}, final val loss {val_loss:.6f}, {state_digest(folder)[:16]}")
 
 
 COMMANDS = {"tokenizers": bench_tokenizers, "prepare": bench_prepare, "generate": bench_generate, "faults": bench_faults}

@@ -89,7 +89,8 @@ def load(folder, which="last"):
         paths = [folder / "best.pt" if which == "best" else checkpoint_path(folder, which)]
     if not paths or not paths[0].exists():
         have = ", ".join(map(str, saved_steps(folder))) or "none"
-        raise FileNotFoundError(f"{folder} holds no checkpoint ({which}; steps there: {have}): train one first, or name its folder")
+        found = f"{folder} holds no checkpoint ({which}; steps there: {have})"
+        raise FileNotFoundError(f"{found}: train one first, or name its folder")
     for path in paths:
         problem = damage(path)
         if problem is None:
@@ -101,10 +102,12 @@ def load(folder, which="last"):
             if not isinstance(state, dict) or "version" not in state:
                 raise ValueError(f"{path} is a torch file but no checkpoint of this program: name another folder")
             if state["version"] > VERSION:
-                raise ValueError(f"{path} has version {state['version']}, this program reads up to {VERSION}: update the program")
+                found = f"{path} has version {state['version']}"
+                raise ValueError(f"{found}, this program reads up to {VERSION}: update the program")
             return state
         print(f"WARNING: {path} is damaged ({problem}), looking for the one before it", file=sys.stderr, flush=True)
-    raise ValueError(f"{folder}: no checkpoint is whole ({', '.join(path.name for path in paths)}): restore one, or train again")
+    names = ", ".join(path.name for path in paths)
+    raise ValueError(f"{folder}: no checkpoint is whole ({names}): restore one, or train again")
 
 
 def damage(path):
@@ -142,14 +145,16 @@ def newest_run(root="."):
     """The folder with the newest checkpoint: out/ itself, its subfolders, and out-*/ as nanoGPT names them."""
     folders = [folder for pattern in ("out", "out/*", "out-*") for folder in Path(root).glob(pattern) if saved_steps(folder)]
     if not folders:
-        raise FileNotFoundError("there is no run under out/ yet: python train.py makes one, or name its folder with --out_dir=FOLDER")
+        advice = "python train.py makes one, or name its folder with --out_dir=FOLDER"
+        raise FileNotFoundError(f"there is no run under out/ yet: {advice}")
     return max(folders, key=lambda folder: checkpoint_path(folder, saved_steps(folder)[-1]).stat().st_mtime)
 
 
 def remove_run(folder):
     """Remove the checkpoints and metrics of an earlier run."""
-    for path in [checkpoint_path(folder, step) for step in saved_steps(folder)] + [Path(folder) / "best.pt", Path(folder) / "metrics.jsonl"]:
-        path.unlink(missing_ok=True)
+    names = ["best.pt", "metrics.jsonl", *(checkpoint_path(folder, step).name for step in saved_steps(folder))]
+    for name in names:
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def lock(folder):

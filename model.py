@@ -41,7 +41,7 @@ class GPTConfig:
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # gelu in its tanh form; relu2 is ReLU squared
     pos: Literal["learned", "rope"] = "learned"  # positions: an embedding, or a rotation of queries and keys
     rope_theta: float = 10000.0  # slowest wavelength of the rotation is about 2 pi rope_theta positions
-    rope_scaling: dict | None = None  # Llama 3.1: {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    rope_scaling: dict | None = None  # Llama 3.1's, a dict with the keys of `llama3` below
     qk_norm: bool = False  # queries and keys divided by their root mean square, without a weight
     tie_weights: bool = True  # the head uses the token embedding's matrix
     attention: Literal["auto", "sdpa", "explicit"] = "auto"  # auto: the explicit product for short blocks on CPU, else sdpa
@@ -359,7 +359,7 @@ class GPT(nn.Module):
         return self.dropout(x), positions, (angles.cos(), angles.sin()), mask
 
     def hidden(self, idx, cache=None):
-        """The normalised residual stream that the head reads: idx (B, T) -> (B, T, C). Appends to the cache, if there is one."""
+        """The normalised residual stream that the head reads: idx (B, T) -> (B, T, C). Appends to the cache, if any."""
         x, positions, rotation, mask = self.embed(idx, cache)
         for block in self.blocks:
             x = block(x, positions, rotation, mask, cache)  # (B, T, C)
@@ -505,7 +505,8 @@ class GPT(nn.Module):
         4 H D T, the causal half not subtracted. Source: PaLM, arXiv:2204.02311, appendix B.
         """
         config, T = self.config, T or self.config.block_size
-        looked_up = (self.pos_emb.weight.numel() if self.pos_emb else 0) + (0 if config.tie_weights else self.tok_emb.weight.numel())
+        looked_up = self.pos_emb.weight.numel() if self.pos_emb else 0
+        looked_up += 0 if config.tie_weights else self.tok_emb.weight.numel()
         attention = 4 * config.n_layer * config.n_head * config.head_dim * T
         return 3 * (2 * (self.parameter_count() - looked_up) + attention)
 
@@ -517,7 +518,8 @@ class GPT(nn.Module):
             f"{n:,} parameters: {c.n_layer} blocks of {c.n_head} heads ({c.n_kv_head} for keys and values) x {c.head_dim}, "
             f"{c.n_embd} channels, {c.n_inner} in {c.mlp}, {c.norm}, {c.pos} positions, vocabulary {c.vocab_size:,}\n"
             f"{self.flops_per_token() / 1e6:,.1f} MFLOP per trained token; memory: weights {4 * n / 1e6:,.0f} MB in float32, "
-            f"{16 * n / 1e6:,.0f} MB with gradients and Adam's moments, cache {cache_bytes / 1e6:,.1f} MB a sequence of {c.block_size}"
+            f"{16 * n / 1e6:,.0f} MB with gradients and Adam's moments, "
+            f"cache {cache_bytes / 1e6:,.1f} MB a sequence of {c.block_size}"
         )
 
 
@@ -564,9 +566,10 @@ def choose_device(name="auto"):
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from error
-    missing = device.type == "cuda" and not torch.cuda.is_available() or device.type == "mps" and not torch.backends.mps.is_available()
-    if missing:
-        raise ValueError(f"device={name} is not available to this torch ({torch.__version__}): use --device=cpu, or install a torch for it")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, True):
+        found = f"device={name} is not available to this torch ({torch.__version__})"
+        raise ValueError(f"{found}: use --device=cpu, or install a torch for it")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name} but there are {torch.cuda.device_count()} GPUs, counted from 0: choose one of them")
     return device

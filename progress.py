@@ -55,7 +55,8 @@ class Progress:
         self.write(step=step, tokens=tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, **speed, **mfu)
         if self.bar.disable:
             left = time.strftime("%H:%M:%S", time.gmtime((s.max_iters - step) * seconds))
-            print(f"step {step}/{s.max_iters}: loss {mean_loss:.4f}, {1e3 * seconds:.1f} ms, {rate:,.0f} tokens/s, {left} left", flush=True)
+            timing = f"{1e3 * seconds:.1f} ms, {rate:,.0f} tokens/s, {left} left"
+            print(f"step {step}/{s.max_iters}: loss {mean_loss:.4f}, {timing}", flush=True)
         else:
             self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
 
@@ -68,7 +69,8 @@ class Progress:
         best = ", the best so far" if run.best_val_loss == val_loss else f", best {run.best_val_loss:.4f}"
         seconds = started_at - self.started_at
         say(f"step {step}: {trained}val loss {val_loss:.4f}{best}, {bits:.3f} bits per byte, after {seconds:.1f} s")
-        self.write(step=step, tokens=step * self.tokens_per_step, train_loss=train_loss, val_loss=val_loss, val_bits_per_byte=bits, seconds=seconds)
+        losses = dict(train_loss=train_loss, val_loss=val_loss, val_bits_per_byte=bits)
+        self.write(step=step, tokens=step * self.tokens_per_step, **losses, seconds=seconds)
         self.train_losses = []
         if run.settings.sample_tokens:
             say(sample_text(self.model, run.dataset.tokenizer, run.settings))

@@ -65,9 +65,8 @@ class Settings:
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
         if self.temperature < 0 or self.repetition_penalty <= 0:
-            raise ValueError(
-                f"temperature={self.temperature} must not be negative, repetition_penalty={self.repetition_penalty} must be positive"
-            )
+            found = f"temperature={self.temperature} and repetition_penalty={self.repetition_penalty}"
+            raise ValueError(f"{found}: the first must not be negative, the second must be positive")
 
 
 class TextStream:

@@ -80,21 +80,23 @@ class Settings(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive = ("eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "batch_size", "gradient_accumulation_steps")
-        for name in (*positive, "sample_tokens", "patience"):
+        counts = "eval_interval eval_iters log_interval checkpoint_interval batch_size gradient_accumulation_steps"
+        for name in (*counts.split(), "sample_tokens", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1" + (", or None" if name not in positive[:3] else ""))
-        if self.max_iters < 0 or self.learning_rate <= 0 or self.grad_clip < 0:
-            raise ValueError(
-                f"max_iters={self.max_iters} and grad_clip={self.grad_clip} must not be negative, learning_rate={self.learning_rate} must be positive"
-            )
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_iters < 0 or self.grad_clip < 0:
+            raise ValueError(f"max_iters={self.max_iters} and grad_clip={self.grad_clip} must not be negative")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.checkpoint_interval is None:
             self.checkpoint_interval = self.eval_interval
 
 
-MEANING = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "attention")] + ["dataset"]  # fixed once a run began
-CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout grad_clip optimizer learning_rate muon_lr momentum muon_weight_decay weight_decay beta1
-beta2 decay_lr warmup_iters lr_decay_iters min_lr dtype""".split()  # may change on resumption, with a line that says so
+# what weights and optimizer state rest on: fixed once a run began
+MEANING = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "attention")] + ["dataset", "optimizer"]
+# what may change on resumption, with a line that says so
+CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout grad_clip learning_rate muon_lr momentum
+muon_weight_decay weight_decay beta1 beta2 decay_lr warmup_iters lr_decay_iters min_lr dtype""".split()
 
 
 def model_config(settings, vocab_size):
@@ -120,7 +122,8 @@ class Windows:
         self.epoch_rows = sum(self.counts)
         if not self.epoch_rows:
             longest = max((len(shard) for shard in shards), default=0)
-            raise ValueError(f"the training text has {longest} tokens but block_size={block_size} needs one more than that: lower block_size or add text")
+            found = f"the training text has {longest} tokens but block_size={block_size} needs one more than that"
+            raise ValueError(f"{found}: lower block_size or add text")
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (one object per run)
     def order(self, epoch):
@@ -242,13 +245,14 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), same in by_shape.items():
                 grads, momenta = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                updates = orthogonalise(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))  # (n, rows, columns)
+                ahead = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, rows, columns), Nesterov's
+                updates = orthogonalise(ahead)
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(same, list(updates.to(same[0].dtype)), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(model, settings):
-    """AdamW, with weight decay on matrices and embeddings only; for optimizer='muon' the blocks' matrices go to Muon instead."""
+    """AdamW, with weight decay on matrices and embeddings only; with optimizer='muon' the blocks' matrices go to Muon."""
     s, weights = settings, list(model.parameters())
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if s.optimizer == "muon" else []
     for_muon = set(matrices)
@@ -337,7 +341,9 @@ class Run:
 
     def last_checkpoint(self):
         steps = checkpoint.saved_steps(self.folder)
-        return f"the last checkpoint is {checkpoint.checkpoint_path(self.folder, steps[-1])}" if steps else "there is no checkpoint yet"
+        if not steps:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is {checkpoint.checkpoint_path(self.folder, steps[-1])}"
 
 
 def noise_seed(seed, step, rank):
@@ -372,7 +378,8 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
     for step in range(run.step, s.max_iters + 1):
         run.step, is_last = step, step == s.max_iters
         out_of_time = s.max_minutes is not None and time.perf_counter() - started_at > 60 * s.max_minutes
-        stop, out_of_time = all_reduce(torch.tensor([signals.received, out_of_time]), world_size, device, dist.ReduceOp.MAX).tolist()
+        flags = torch.tensor([signals.received, out_of_time])
+        stop, out_of_time = all_reduce(flags, world_size, device, dist.ReduceOp.MAX).tolist()  # all ranks stop together
         ends = is_last or stop or out_of_time
         if step and (ends or step % s.checkpoint_interval == 0):
             run.save(model, optimizers, scaler)
@@ -411,8 +418,8 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
         skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
         if skipped_in_a_row == MAX_SKIPPED:
             raise ValueError(
-                f"the gradient of {MAX_SKIPPED} steps in a row, up to {step}, is not finite: lower learning_rate={s.learning_rate} "
-                f"and resume; {run.last_checkpoint()}"
+                f"the gradient of {MAX_SKIPPED} steps in a row, up to {step}, is not finite: "
+                f"lower learning_rate={s.learning_rate} and resume; {run.last_checkpoint()}"
             )
         if (step + 1) % s.log_interval == 0 or step + 1 == s.max_iters:
             mean_loss = all_reduce(loss_sum, world_size, device).item() / world_size / (step + 1 - logged_step)
@@ -464,7 +471,8 @@ def resolve(given):
     before = state["settings"]
     changed = {key: value for key, value in given.items() if value != before[key]}
     for key in changed.keys() & set(MEANING):
-        raise ValueError(f"{key}={changed[key]} but the run in {out_dir} has {key}={before[key]}, which its weights rest on: leave it, or start a new run")
+        found = f"{key}={changed[key]} but the run in {out_dir} has {key}={before[key]}"
+        raise ValueError(f"{found}, which its state rests on: leave it, or start a new run")
     if named := [f"{key}={value} (was {before[key]})" for key, value in changed.items() if key in CHANGES_RUN]:
         say("resuming with " + ", ".join(named))
     return Settings(**{**before, **given, "out_dir": str(out_dir)}), state
@@ -479,7 +487,12 @@ def build_model(settings, dataset, state, device):
         torch.manual_seed(settings.seed)
         model = GPT(model_config(settings, dataset.tokenizer.vocab_size))
     else:
-        model = GPT.from_pretrained(settings.init_from, dropout=settings.dropout)
+        model = GPT.from_pretrained(settings.init_from, dtype=torch.float32, dropout=settings.dropout)
+        found = f"block_size={settings.block_size} with tokens below {dataset.tokenizer.vocab_size}"
+        if settings.block_size > model.config.block_size or dataset.tokenizer.vocab_size > model.config.vocab_size:
+            wanted = f"at most block_size={model.config.block_size} and vocab_size={model.config.vocab_size}"
+            advice = "lower block_size, or prepare the text with its tokenizer"
+            raise ValueError(f"{found}, but {settings.init_from} takes {wanted}: {advice}")
     return model.to(device)
 
 
@@ -502,12 +515,15 @@ def check_dataset(settings, dataset, given, state):
     """ValueError where the dataset does not fit the settings, or is not the one that the checkpoint was trained on."""
     vocab_size = dataset.tokenizer.vocab_size
     if given.get("vocab_size", vocab_size) != vocab_size:
-        raise ValueError(f"vocab_size={given['vocab_size']} but the tokenizer of {dataset.folder} has {vocab_size} tokens: leave the setting out")
+        found = f"vocab_size={given['vocab_size']} but the tokenizer of {dataset.folder} has {vocab_size} tokens"
+        raise ValueError(f"{found}: leave the setting out")
     if state and (state["data"] != dataset.sha256 or state["tokenizer"] != dataset.tokenizer_dict):
-        raise ValueError(f"{dataset.folder} is not the data that {settings.out_dir} was trained on (sha256 or tokenizer differ): put that back, or start a new run")
+        found = f"{dataset.folder} is not the data that {settings.out_dir} was trained on (sha256 or tokenizer differ)"
+        raise ValueError(f"{found}: put that back, or start a new run")
     tokens = sum(map(len, dataset.splits["val"]))
     if tokens < 2:
-        raise ValueError(f"the validation split of {dataset.folder} has {tokens} tokens and 2 are needed: add text, or raise val_fraction in prepare.py")
+        found = f"the validation split of {dataset.folder} has {tokens} tokens and 2 are needed"
+        raise ValueError(f"{found}: add text, or raise --val_fraction of prepare.py")
 
 
 def join_processes(settings, device):
@@ -533,7 +549,8 @@ def main(argv):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     G = settings.batch_size * settings.gradient_accumulation_steps
     if G % world_size:
-        raise ValueError(f"batch_size x gradient_accumulation_steps={G} must be a multiple of the {world_size} processes: change either")
+        found = f"batch_size x gradient_accumulation_steps={G}"
+        raise ValueError(f"{found} must be a multiple of the {world_size} processes: change either")
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     dataset = open_or_prepare(settings.dataset, world_size)
@@ -552,7 +569,8 @@ def main(argv):
         scaler.load_state_dict(state["scaler"])
     if rank == 0:
         defaults = asdict(Settings())
-        say("settings other than the defaults: " + " ".join(f"{k}={v}" for k, v in asdict(settings).items() if v != defaults[k]))
+        changed = {key: value for key, value in asdict(settings).items() if value != defaults[key]}
+        say("settings other than the defaults: " + " ".join(f"{key}={value}" for key, value in changed.items()))
         say(model.summary())
     if settings.eval_only:
         run = Run(settings, dataset, None, state, is_main=False)
@@ -584,4 +602,5 @@ if __name__ == "__main__":
         try:
             sys.exit(main(sys.argv[1:]))
         except torch.cuda.OutOfMemoryError as error:
-            raise ValueError("the GPU's memory is full: lower batch_size (and raise gradient_accumulation_steps) or block_size") from error
+            advice = "lower batch_size (and raise gradient_accumulation_steps) or block_size"
+            raise ValueError(f"the GPU's memory is full: {advice}") from error

@@ -59,8 +59,9 @@ def read_arguments(Settings, argv, positional=None):
             given[key] = value
             continue
         if not equals:
-            followed = words and not words[0].startswith("--") and (bool not in choices_of(types_of[key]) or words[0] in ("True", "False"))
-            if not followed and bool not in choices_of(types_of[key]):
+            is_flag = bool in choices_of(types_of[key])
+            followed = words and not words[0].startswith("--") and (not is_flag or words[0] in ("True", "False"))
+            if not followed and not is_flag:
                 raise ValueError(f"--{key} has no value: write --{key}=VALUE ({type_name(types_of[key])})")
             text = words.pop(0) if followed else "True"
         given[key] = check_type(f"--{key}", parse(text, types_of[key]), types_of[key])
@@ -139,7 +140,7 @@ def check_type(name, value, kind):
 
 
 def comments_of(Settings):
-    """(field, comment) in order of definition: the comment behind a field's line, and lines that only hold one, from the source."""
+    """Two dicts by field name, read from the source: the comment behind the field, and the comment line above it, if any."""
     comments, heading = {}, {}
     for cls in reversed(Settings.__mro__):
         if not dataclasses.is_dataclass(cls) or cls.__module__ == "builtins":
