@@ -234,7 +234,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v, positions)  # (B, Hkv, S, D)
         S = k.shape[2]
         dropout = self.dropout if self.training else 0.0
-        # on two CPU cores the explicit product was 1.1 to 5 times as fast as SDPA up to 1024 positions
+        # a training step on two cores, explicit against SDPA: 17 and 28 ms (0.8M parameters, T 64), 149 and 178 (3.2M, T 256)
         if self.kind == "explicit" or self.kind == "auto" and x.device.type == "cpu" and T * S <= 1024 * 1024:
             weights = F.dropout(attention_weights(q, k, mask), dropout)  # (B, H, T, S)
             groups = weights.view(B, self.n_kv_head, -1, S)
