@@ -142,17 +142,18 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, Hkv, max_len, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_len, self.static = max_len, False
+        shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
+        # a tensor for each layer: of one for all, a compiled step would copy the whole to change a slice
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]  # (B, Hkv, max_len, D)
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.device, self.max_len, self.static = device, max_len, False
         self.length = 0  # positions of the longest row
         self.lengths = None  # (B,) where rows differ or the cache is static; None where all have `length`
 
     def set_rows(self, lengths, static=False):
         """Declare how much of each right-padded row is real: lengths (B,), in positions. One row becomes B equal ones."""
-        if self.k.shape[1] < len(lengths):
-            self.k, self.v = (store.repeat(1, len(lengths), 1, 1, 1) for store in (self.k, self.v))
+        if any(len(store) < len(lengths) for store in self.k):
+            self.k, self.v = ([s.repeat(len(lengths), 1, 1, 1) for s in stores] for stores in (self.k, self.v))
         self.length, self.static = int(lengths.max()), static
         self.lengths = lengths.clone() if static or bool((lengths != self.length).any()) else None
 
@@ -160,7 +161,7 @@ class KVCache:
         """Where the next T tokens stand: (T,), or (B, T) where rows differ. Raises ValueError where they do not fit."""
         if not self.static and self.length + T > self.max_len:
             raise ValueError(f"{self.length + T} positions do not fit in a cache of max_len={self.max_len}: make it longer")
-        new = torch.arange(T, device=self.k.device)
+        new = torch.arange(T, device=self.device)
         return self.length + new if self.lengths is None else self.lengths[:, None] + new
 
     def attended(self, T):
@@ -176,7 +177,7 @@ class KVCache:
             else:
                 rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
                 store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, Hkv, D)
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
     def advance(self, T):
         if self.lengths is not None:
