@@ -76,6 +76,8 @@ def texts_of(texts):
 
 def read_text(path):
     """The text of a file, line ends as they are. Raises ValueError with the byte offset where it is not UTF-8."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file that is there: give the path of a UTF-8 text")
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
