@@ -41,9 +41,10 @@ class RowLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with int8 weights and a scale for each output row: a quarter of float32's bytes. On a CPU x is rounded to bfloat16.
+    """nn.Linear with int8 weights and a scale for each output row: a quarter of float32's bytes.
 
-    A weight is off by at most half a step, the step being about 1/127 of the largest weight of its row.
+    A weight is off by at most half a step, the step being about 1/127 of the largest weight of its row. On a CPU x is
+    rounded to bfloat16.
     """
 
     def __init__(self, linear):
