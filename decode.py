@@ -43,8 +43,8 @@ class RowLinear(nn.Module):
 class Int8Linear(nn.Module):
     """nn.Linear with int8 weights and a scale for each output row: a quarter of float32's bytes.
 
-    A weight is off by at most half a step, the step being about 1/127 of the largest weight of its row. On a CPU x is
-    rounded to bfloat16.
+    A weight is off by at most half a step, the step being about 1/127 of the largest weight of its row. On a CPU, where
+    nothing is compiled, x is rounded to bfloat16.
     """
 
     def __init__(self, linear):
@@ -57,7 +57,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         N, K = self.weight.shape
-        if x.device.type == "cpu":  # compiled as one loop, like RowLinear, int8 was slower than this
+        if x.device.type == "cpu" and x.numel() == K and torch.compiler.is_compiling():
+            y = row_product(self.weight, x.float()) * self.scale.float()
+        elif x.device.type == "cpu":
             y = torch._weight_int8pack_mm(x.reshape(-1, K).bfloat16(), self.weight, self.scale)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
@@ -74,6 +76,15 @@ def row_product(weight, x):
     return (weight.float() * x.contiguous().as_strided((1, K), (K, 1)).float()).sum(-1)
 
 
+def join_qkv(attn):
+    """Put the three projections of an Attention in one product: three short ones cost 0.8 ms a token of GPT-2 124M more."""
+    parts = (attn.q_proj, attn.k_proj, attn.v_proj)
+    attn.qkv_proj = nn.Linear(1, 1, device="meta")
+    attn.qkv_proj.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+    attn.qkv_proj.bias = None if parts[0].bias is None else nn.Parameter(torch.cat([part.bias for part in parts]))
+    attn.q_proj = attn.k_proj = attn.v_proj = None
+
+
 def speed_up(model, quantize=None, compile=False):
     """Put fast products in place of the model's, for generation only; returns `compiled_decode` for stream, or None.
 
@@ -84,6 +95,8 @@ def speed_up(model, quantize=None, compile=False):
         raise ValueError(f"quantize={quantize!r} must be int8 or None")
     fast = RowLinear if quantize is None else Int8Linear
     if quantize or model.device.type == "cpu":
+        for block in model.blocks:
+            join_qkv(block.attn)
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):

@@ -213,15 +213,18 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
+        self.qkv_proj = None  # the three in one, while decoding: see decode.speed_up
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.o_bias)
         self.o_dropout = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rotation):
         """x (B, T, C) -> q (B, H, T, D) and k, v (B, Hkv, T, D), normalised and rotated where the config says so."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        if self.qkv_proj is None:
+            q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
+            q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if self.rope:
