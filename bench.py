@@ -213,7 +213,7 @@ def bench_generate(argv):
     n_parameters = model.parameter_count()
     compiled_decode = speed_up(model, s.quantize, s.compile)
     bandwidth = memory_bandwidth(device)
-    kind = f"{s.dtype} {s.quantize or ''}, {'compiled' if s.compile else 'eager'}"
+    kind = f"{s.dtype}{' with int8 weights' if s.quantize else ''}, {'compiled' if s.compile else 'eager'}"
     print(f"{s.model}, {n_parameters / 1e6:.1f}M parameters, {kind}, ", end="")
     print(f"{s.context} + {s.new_tokens} tokens on {device}; memory reads at {bandwidth / 1e9:.0f} GB/s")
     bytes_per_step = sum(t.numel() * t.element_size() for t in [*model.blocks.parameters(), *model.blocks.buffers()])
