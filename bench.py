@@ -1,5 +1,8 @@
 """How far from the limit of this machine, measured side by side with others.
 
+    python bench.py limits                          # what this machine can do: matrix products, memory
+    python bench.py train --peer FOLDER_OF_NANOGPT  # a step: tokens/s, FLOP/s, memory, start-up; --profile=True
+    python bench.py recipe --configs config/a.py config/b.py     # loss against wall-clock, one picture
     python bench.py tokenizers                      # training and encoding, against tokenizers, rustbpe and tiktoken
     python bench.py prepare --gigabytes=1           # prepare.py with two workers, against tiktoken on one thread
     python bench.py generate --model=gpt2           # tokens/s against the memory bandwidth; --peer transformers | NANOGPT
@@ -13,7 +16,9 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -321,6 +326,203 @@ def load_module(path):
 
 
 @dataclass
+class LimitsSettings:
+    rounds: int = 10  # of each measurement; the best counts
+
+
+def bench_limits(argv):
+    """What this machine can do: matrix products by size and dtype, and reading memory."""
+    import torch
+
+    from model import choose_device
+
+    s, device = configure(LimitsSettings, argv), choose_device()
+    print(f"{device}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads")
+    for dtype in (torch.float32, torch.bfloat16):
+        rates = [f"{n}: {product_rate(n, dtype, device, s.rounds) / 1e9:,.0f}" for n in (256, 512, 1024, 2048, 4096)]
+        print(f"GFLOP/s of a square matrix product in {str(dtype).removeprefix('torch.')}, by size: {', '.join(rates)}")
+    print(f"reading memory: {memory_bandwidth(device) / 1e9:.0f} GB/s")
+
+
+def product_rate(n, dtype, device, rounds=10):
+    """Floating-point operations a second of the product of two n x n matrices: the best of some rounds of three."""
+    import torch
+
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(rounds):
+        started_at = time.perf_counter()
+        for _ in range(3):
+            product = a @ b
+        product[0, 0].item()  # waits for a GPU
+        seconds.append((time.perf_counter() - started_at) / 3)
+    return 2 * n**3 / min(seconds)
+
+
+# the work, in settings that train.py and nanoGPT's share
+SHAPES = {
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12),  # nanoGPT's CPU line
+    "char": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=4),
+}
+
+
+@dataclass
+class TrainSettings:
+    model: str = "char"  # tiny (0.8M parameters), char (10.65M) or gpt2 (124M): all with GPT-2's parts, on random tokens
+    settings: list[str] = field(default_factory=list)  # further ones of train.py: --settings dtype=float32 compile=True
+    batch_size: int | None = None  # sequences of a step, the shape's where None
+    steps: int = 30  # of one run; the median of the last two thirds counts
+    rounds: int = 3  # how often each contestant runs, in turn
+    peer: str | None = None  # also measure the folder of a nanoGPT checkout
+    peer_compile: bool = False  # and that once more, compiled
+    profile: bool = False  # print where the time of our steps goes instead
+
+
+def bench_train(argv):
+    """train.py as a program, and a peer's, on the same work in turn: step, tokens/s, FLOP/s, memory, start-up."""
+    import torch
+
+    from model import GPT, GPTConfig, choose_device
+
+    s, device = configure(TrainSettings, argv), choose_device()
+    if s.model not in SHAPES:
+        raise ValueError(f"model={s.model!r} must be one of {' '.join(SHAPES)}")
+    work = SHAPES[s.model] | dict(gradient_accumulation_steps=1, dropout=0.0, bias=False, eval_iters=1, log_interval=1)
+    work["batch_size"] = s.batch_size or work["batch_size"]
+    vocab_size = 50257 if s.model == "gpt2" else 65
+    folder = random_tokens(vocab_size)
+    ours = ["config/gpt2_124m.py", *(f"--{name}={value}" for name, value in work.items()), f"--dataset={folder}"]
+    ours += [f"--out_dir={SCRATCH / 'train'}", "--overwrite=True", f"--max_iters={s.steps}", "--sample_tokens=None"]
+    ours += words_of(s.settings)
+    if s.profile:
+        return profile_training(ours)
+    contestants = {"glassGPT": (Path("train.py"), ours)}
+    if s.peer:
+        script = Path(s.peer) / "train.py"
+        if not script.is_file():
+            raise ValueError(f"peer={s.peer} has no train.py: give the folder of a nanoGPT checkout")
+        theirs = [f"--{name}={value}" for name, value in work.items()] + [f"--dataset={folder}", f"--max_iters={s.steps}"]
+        theirs += [f"--device={device}", f"--out_dir={folder / 'peer'}"]
+        contestants["nanoGPT"] = (script, [*theirs, "--compile=False"])
+        if s.peer_compile or device.type == "cuda":
+            contestants["nanoGPT, compiled"] = (script, [*theirs, "--compile=True"])
+    results = {name: [] for name in contestants}
+    for _ in range(s.rounds):
+        for name, (script, arguments) in contestants.items():
+            results[name].append(timed_run(script, arguments, s.steps))
+
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=vocab_size, bias=False, **{name: work[name] for name in list(work)[:4]}))
+    tokens, product = work["batch_size"] * work["block_size"], product_rate(2048, torch.bfloat16, device)
+    flops = model.flops_per_token() * tokens  # of a step
+    print(f"{s.model}: {model.parameter_count() / 1e6:.2f}M parameters, a step is {work['batch_size']} x {work['block_size']} tokens")
+    print(f"the bfloat16 product of two 2048 x 2048 matrices: {product / 1e9:,.0f} GFLOP/s")
+    medians = {name: [statistics.median(values) for values in zip(*runs, strict=True)] for name, runs in results.items()}
+    for name, (step, start, peak) in medians.items():
+        print(
+            f"  {name:18}{1e3 * step:9,.1f} ms a step, {tokens / step:9,.0f} tokens/s, {flops / step / 1e9:7,.0f} GFLOP/s = "
+            f"{flops / step / product:3.0%} of the product; first step at {start:4.1f} s; peak {peak / 1e6:6,.0f} MB; "
+            f"glassGPT is {step / medians['glassGPT'][0]:.2f}x as fast"
+        )
+
+
+def random_tokens(vocab_size):
+    """A folder of random tokens that train.py reads by its meta.json, and nanoGPT by its file names and meta.pkl."""
+    import numpy as np
+
+    folder = (SCRATCH / f"random_{vocab_size}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = bpe.WordTokenizer([f"w{i}" for i in range(vocab_size)], special_tokens=())
+    splits = {}
+    for seed, split in enumerate(("train", "val")):
+        tokens = np.random.default_rng(seed).integers(vocab_size, size=2_000_000 >> 3 * seed, dtype=np.uint16)
+        tokens.tofile(folder / f"{split}.bin")
+        shard = {"file": f"{split}.bin", "tokens": len(tokens)}
+        splits[split] = {"shards": [shard], "tokens": len(tokens), "bytes": len(tokens)}
+    meta = {"kind": "text", "splits": splits, "dtype": "uint16", "vocab_size": vocab_size, "sha256": "random"}
+    (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": tokenizer.to_dict()}))
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+    return folder
+
+
+def run_script(script, arguments):
+    """Run a training script to its end: its lines, each with the seconds since the start, and its peak memory in bytes."""
+    started_at, lines = time.perf_counter(), []
+    command, folder = [sys.executable, script.name, *arguments], script.resolve().parent
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        lines.append((time.perf_counter() - started_at, line))
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        last = lines[-1][1].strip() if lines else "no output"
+        raise ValueError(f"{script} ended with status {os.waitstatus_to_exitcode(status)}: {last}")
+    return lines, usage.ru_maxrss * 1024
+
+
+def timed_run(script, arguments, steps):
+    """Run a training script: median seconds of a late step, seconds until its first step began, bytes of memory at most."""
+    lines, peak = run_script(script, arguments)
+    found = [(at, re.match(r"(step|iter) \d+.*?([\d,.]+) ?ms", line)) for at, line in lines]
+    ends = [(at, float(match[2].replace(",", "")) / 1e3) for at, match in found if match]  # (end, length) of each step
+    if len(ends) < steps // 2:
+        raise ValueError(f"{script} printed the time of {len(ends)} of {steps} steps: {lines[-1][1].strip()}")
+    return statistics.median(length for _, length in ends[len(ends) // 3 :]), ends[0][0] - ends[0][1], peak
+
+
+def profile_training(arguments):
+    """One table of the operations that our steps spend the most time in, the start of the run included."""
+    import torch
+
+    import train
+
+    on_gpu = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *on_gpu]) as profile:
+        train.main(arguments)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50))
+
+
+@dataclass
+class RecipeSettings:
+    configs: list[str] = field(default_factory=list)  # of train.py, to compare: --configs config/a.py config/b.py
+    settings: list[str] = field(default_factory=list)  # further ones for all of them: --settings eval_interval=100 seed=1
+    peer: str | None = None  # also the folder of a nanoGPT checkout that has prepared the same dataset
+    peer_settings: list[str] = field(default_factory=list)  # its config file and settings
+    picture: str = "recipe.png"  # where the curves go
+
+
+def bench_recipe(argv):
+    """Validation loss against the wall-clock of the whole command, of configs and of a peer: one picture, one table."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    s = configure(RecipeSettings, argv)
+    out = [f"--out_dir={(SCRATCH / 'recipe').resolve()}", "--overwrite=True", "--sample_tokens=None"]
+    runs = {Path(path).stem: (Path("train.py"), [path, *words_of(s.settings), *out]) for path in s.configs}
+    if s.peer:
+        runs["nanoGPT"] = (Path(s.peer) / "train.py", words_of(s.peer_settings))
+    for name, (script, arguments) in runs.items():
+        lines, _ = run_script(script, arguments)
+        found = [(at, re.match(r"step [1-9]\d*: .*val loss ([\d.]+)", line)) for at, line in lines]
+        curve = [(at, float(match[1])) for at, match in found if match]
+        print(f"{name}, {lines[-1][0]:.0f} s in all: ", "  ".join(f"{at:.0f} s {loss:.4f}" for at, loss in curve), flush=True)
+        plt.plot(*zip(*curve, strict=True), marker="o", label=name)
+    plt.xlabel("seconds since the command began")
+    plt.ylabel("validation loss (nats per token)")
+    plt.legend()
+    plt.savefig(s.picture, dpi=150)
+    print(f"the curves are in {s.picture}")
+
+
+def words_of(settings):
+    """Config files as they are, name=value as --name=value."""
+    return [f"--{word}" if "=" in word else word for word in settings]
+
+
+@dataclass
 class FaultsSettings:
     kills: int = 20  # kill -9 at random moments, over as many runs as it takes
     max_iters: int = 60  # steps of a run
@@ -417,7 +619,15 @@ def torchrun_kill(run):
         print(f"torchrun, {name}: status {process.returncode}, final val loss {val_loss:.6f}, {state_digest(folder)[:16]}")
 
 
-COMMANDS = {"tokenizers": bench_tokenizers, "prepare": bench_prepare, "generate": bench_generate, "faults": bench_faults}
+COMMANDS = {
+    "limits": bench_limits,
+    "train": bench_train,
+    "recipe": bench_recipe,
+    "generate": bench_generate,
+    "tokenizers": bench_tokenizers,
+    "prepare": bench_prepare,
+    "faults": bench_faults,
+}
 
 
 def main():
