@@ -416,7 +416,8 @@ def bench_train(argv):
         model = GPT(GPTConfig(vocab_size=vocab_size, bias=False, **{name: work[name] for name in list(work)[:4]}))
     tokens, product = work["batch_size"] * work["block_size"], product_rate(2048, torch.bfloat16, device)
     flops = model.flops_per_token() * tokens  # of a step
-    print(f"{s.model}: {model.parameter_count() / 1e6:.2f}M parameters, a step is {work['batch_size']} x {work['block_size']} tokens")
+    shape = f"{work['batch_size']} x {work['block_size']} tokens a step"
+    print(f"{s.model}, {model.parameter_count() / 1e6:.2f}M parameters, {shape}")
     print(f"the bfloat16 product of two 2048 x 2048 matrices: {product / 1e9:,.0f} GFLOP/s")
     medians = {name: [statistics.median(values) for values in zip(*runs, strict=True)] for name, runs in results.items()}
     for name, (step, start, peak) in medians.items():

@@ -594,10 +594,28 @@ def load_tokenizer(saved):
     return KINDS[saved["type"]].from_dict(saved)
 
 
+def with_special_tokens(tokenizer, names):
+    """The tokenizer with further special tokens, which take the ids from vocab_size on."""
+    new = [name for name in names if name not in tokenizer.special_tokens]
+    saved = tokenizer.to_dict()
+    if type(tokenizer) not in KINDS.values():
+        raise ValueError(f"a {type(tokenizer).__name__} cannot take {' '.join(new)}: use a template whose markers it has")
+    if isinstance(saved["special_tokens"], dict):
+        added = {name: tokenizer.vocab_size + i for i, name in enumerate(new)}
+        saved["special_tokens"] = {**saved["special_tokens"], **added}
+    else:
+        saved["special_tokens"] = [*saved["special_tokens"], *new]
+    return load_tokenizer(saved)
+
+
 # Chat templates. A message is {"role": "system" | "user" | "assistant", "content": text}. A template gives the parts of
 # one message as (text, is_special): a special part becomes its token, all else is ordinary text whatever it holds, so
 # that no message can smuggle in a special token.
 
+# special tokens that end a text or an answer: ours, Llama 3's and ChatML's; published models may name others
+ENDS = (END_OF_TEXT, END, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>")
+# the template whose marker a tokenizer has; without any, Alpaca's plain text
+TEMPLATE_OF_MARKER = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", USER: "markers"}
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
@@ -651,6 +669,17 @@ def chat_parts(messages, template="markers", reply=False):
     if reply:
         parts += [(text, is_special, False) for text, is_special in parts_of("assistant", "")[:before_content]]
     return parts
+
+
+def template_for(tokenizer):
+    """The name of the chat template whose markers the tokenizer has, else alpaca."""
+    return next((name for marker, name in TEMPLATE_OF_MARKER.items() if marker in tokenizer.special_tokens), "alpaca")
+
+
+def stop_ids(tokenizer):
+    """The ids that end a text or an answer, as a sorted list."""
+    special = tokenizer.special_tokens
+    return sorted({*getattr(tokenizer, "stop_ids", ()), *(special[name] for name in ENDS if name in special)})
 
 
 def encode_chat(tokenizer, messages, template="markers", reply=False):

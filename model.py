@@ -11,7 +11,7 @@ its kin: arXiv:2002.05202. Grouped-query attention: arXiv:2305.13245. QK-norm: a
 import contextlib
 import math
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -45,6 +45,10 @@ class GPTConfig:
     qk_norm: bool = False  # queries and keys divided by their root mean square, without a weight
     tie_weights: bool = True  # the head uses the token embedding's matrix
     attention: Literal["auto", "sdpa", "explicit"] = "auto"  # auto: the explicit product for short blocks on CPU, else sdpa
+    lora_rank: int | None = None  # of the trained products beside frozen matrices (LoRA); None: no LoRA
+    lora_alpha: float = 16.0  # LoRA's products are scaled by lora_alpha / lora_rank
+    lora_targets: str = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"  # the linear layers that get LoRA
+    n_classes: int | None = None  # classes of a classification head on the last token; None: no such head
 
     def __post_init__(self):
         for field in fields(GPTConfig):
@@ -57,6 +61,10 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_layer < 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"n_layer={self.n_layer} must not be negative and dropout={self.dropout} must lie in [0, 1)")
+        names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        if self.lora_rank is not None and (self.lora_rank < 1 or not set(self.lora_targets.split()) <= set(names)):
+            found = f"lora_rank={self.lora_rank} lora_targets={self.lora_targets!r}"
+            raise ValueError(f"{found}: the rank must be at least 1, the targets some of {' '.join(names)}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: change either")
         if self.head_dim is None:
@@ -202,6 +210,37 @@ def attention_weights(q, k, mask):
     return F.softmax(scores if mask is None else scores + mask.to(scores.dtype), dim=-1)
 
 
+class LoRALinear(nn.Linear):
+    """nn.Linear with a product of low rank beside its matrix: x W^T + x A^T B^T alpha / r. B starts at zero, so at first
+    nothing changes; W is to be frozen. Source: LoRA, arXiv:2106.09685."""
+
+    def __init__(self, n_in, n_out, bias, rank, alpha):
+        super().__init__(n_in, n_out, bias)
+        self.scale = alpha / rank
+        self.lora_a = nn.Parameter(torch.empty(rank, n_in))
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    @torch.no_grad()
+    def merged(self):
+        """An nn.Linear that computes the same: W + B A alpha / r, summed in float32."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        product = self.scale * self.lora_b.float() @ self.lora_a.float()
+        linear.weight = nn.Parameter((self.weight.float() + product).to(self.weight.dtype))
+        linear.bias = self.bias
+        return linear
+
+
+def make_linear(config, name, n_in, n_out, bias):
+    """The linear layer called `name` of a block, with LoRA where the config asks for it."""
+    if config.lora_rank is None or name not in config.lora_targets.split():
+        return nn.Linear(n_in, n_out, bias)
+    return LoRALinear(n_in, n_out, bias, config.lora_rank, config.lora_alpha)
+
+
 class Attention(nn.Module):
     """Causal self-attention: multi-head, grouped-query (n_kv_head < n_head) or multi-query (n_kv_head = 1)."""
 
@@ -210,11 +249,12 @@ class Attention(nn.Module):
         self.layer, self.kind, self.dropout = layer, config.attention, config.dropout
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.rope, self.qk_norm = config.pos == "rope", config.qk_norm
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, config.qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, config.qkv_bias)
+        C, D = config.n_embd, config.head_dim
+        self.q_proj = make_linear(config, "q_proj", C, config.n_head * D, config.qkv_bias)
+        self.k_proj = make_linear(config, "k_proj", C, config.n_kv_head * D, config.qkv_bias)
+        self.v_proj = make_linear(config, "v_proj", C, config.n_kv_head * D, config.qkv_bias)
         self.qkv_proj = None  # the three in one, while decoding: see decode.speed_up
-        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.o_bias)
+        self.o_proj = make_linear(config, "o_proj", config.n_head * D, C, config.o_bias)
         self.o_dropout = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rotation):
@@ -258,8 +298,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.relu2 = config.mlp == "relu2"
-        self.up_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
-        self.down_proj = nn.Linear(config.n_inner, config.n_embd, config.bias)
+        self.up_proj = make_linear(config, "up_proj", config.n_embd, config.n_inner, config.bias)
+        self.down_proj = make_linear(config, "down_proj", config.n_inner, config.n_embd, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -273,9 +313,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
-        self.up_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
-        self.down_proj = nn.Linear(config.n_inner, config.n_embd, config.bias)
+        self.gate_proj = make_linear(config, "gate_proj", config.n_embd, config.n_inner, config.bias)
+        self.up_proj = make_linear(config, "up_proj", config.n_embd, config.n_inner, config.bias)
+        self.down_proj = make_linear(config, "down_proj", config.n_inner, config.n_embd, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -318,6 +358,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
+        self.classifier = nn.Linear(config.n_embd, config.n_classes) if config.n_classes else None
         # no buffer: .to(bfloat16) would round its angles, and DDP would broadcast it at every forward
         self.frequencies = rope_frequencies(config) if config.pos == "rope" else None  # (D / 2,)
         if self.tok_emb.weight.device.type != "meta":
@@ -382,6 +423,19 @@ class GPT(nn.Module):
         # a mean over nothing would be NaN, so the count is at least 1
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         return logits, total / (targets != -100).sum().clamp(min=1)
+
+    def classify(self, idx, lengths):
+        """Class logits (B, n_classes) in float32, read at the last token of each right-padded row: idx (B, T), lengths (B,)."""
+        last = self.hidden(idx)[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
+        return self.classifier(last).float()
+
+    def merge_lora(self):
+        """Turn every LoRALinear into an nn.Linear that computes the same, in place."""
+        for parent in list(self.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, LoRALinear):
+                    setattr(parent, name, child.merged())
+        self.config = replace(self.config, lora_rank=None)
 
     @torch.no_grad()
     def attention_maps(self, idx):

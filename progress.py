@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, run, model):
         s, self.run, self.model = run.settings, run, model
-        self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+        self.tokens_per_step = run.tokens_per_step
         self.flops_per_step = model.flops_per_token(s.block_size) * self.tokens_per_step
         self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(model.device)), None)
         self.started_at = self.logged_at = time.perf_counter()
@@ -52,28 +52,27 @@ class Progress:
         speed = {"step_ms": round(1e3 * seconds, 3), "tokens_per_s": round(rate), "tflops": round(flops / 1e12, 4)}
         mfu = {"mfu": round(flops / self.peak_flops, 4)} if self.peak_flops else {}
         tokens = step * self.tokens_per_step
-        self.write(step=step, tokens=tokens, loss=mean_loss, lr=lr, grad_norm=grad_norm, **speed, **mfu)
+        further = self.run.take_figures()
+        self.write(step=step, tokens=tokens, loss=mean_loss, **further, lr=lr, grad_norm=grad_norm, **speed, **mfu)
         if self.bar.disable:
             left = time.strftime("%H:%M:%S", time.gmtime((s.max_iters - step) * seconds))
             timing = f"{1e3 * seconds:.1f} ms, {rate:,.0f} tokens/s, {left} left"
-            print(f"step {step}/{s.max_iters}: loss {mean_loss:.4f}, {timing}", flush=True)
+            print(f"step {step}/{s.max_iters}: {described({'loss': mean_loss, **further})}, {timing}", flush=True)
         else:
             self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
 
-    def evaluated(self, step, val_loss):
+    def evaluated(self, step, figures):
         """Report an evaluation, redraw loss.png, show a sample of text; the time this takes is no step's."""
         started_at, run = time.perf_counter(), self.run
-        bits = bits_per_byte(val_loss, run.dataset)
         train_loss = sum(self.train_losses) / len(self.train_losses) if self.train_losses else None
         trained = f"train loss {train_loss:.4f} (mean since the last evaluation), " if self.train_losses else ""
-        best = ", the best so far" if run.best_val_loss == val_loss else f", best {run.best_val_loss:.4f}"
+        best = "the best so far" if run.best_val_loss == figures["val_loss"] else f"best {run.best_val_loss:.4f}"
         seconds = started_at - self.started_at
-        say(f"step {step}: {trained}val loss {val_loss:.4f}{best}, {bits:.3f} bits per byte, after {seconds:.1f} s")
-        losses = dict(train_loss=train_loss, val_loss=val_loss, val_bits_per_byte=bits)
-        self.write(step=step, tokens=step * self.tokens_per_step, **losses, seconds=seconds)
+        say(f"step {step}: {trained}{described(figures)}, {best}, after {seconds:.1f} s")
+        self.write(step=step, tokens=step * self.tokens_per_step, train_loss=train_loss, **figures, seconds=seconds)
         self.train_losses = []
         if run.settings.sample_tokens:
-            say(sample_text(self.model, run.dataset.tokenizer, run.settings))
+            say(run.sample(self.model))
         draw_losses(self.lines, run.folder / "loss.png")
         self.logged_at += time.perf_counter() - started_at
 
@@ -94,6 +93,11 @@ def bits_per_byte(loss, dataset):
     return loss / math.log(2) / dataset.bytes_per_token["val"]
 
 
+def described(figures):
+    """Figures by name in words: `val loss 1.2345, val bits per byte 1.8`."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+
+
 def say(text):
     """Print above the progress bar, if there is one."""
     tqdm.write(str(text), file=sys.stdout)
@@ -112,20 +116,43 @@ def sample_text(model, tokenizer, settings):
 
 
 def draw_losses(lines, path):
-    """loss.png: training and validation loss over the tokens seen."""
+    """loss.png: training and validation loss over the tokens seen or, where a run has them, the rewards over its steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rewards = any("reward" in line for line in lines)
+    names, x = (("reward", "val_reward"), "step") if rewards else (("loss", "val_loss"), "tokens")
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(line["tokens"], line[key]) for line in lines if key in line]
+    for key, label, style in zip(names, ("training", "validation"), ("-", "o-"), strict=True):
+        points = [(line[x], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=f"{label} {points[-1][1]:.3f}", linewidth=1, markersize=3)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set(xlabel=x, ylabel="mean reward" if rewards else "loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_confusion(confusion, labels, path):
+    """A picture of how often each true class (row) was predicted as each class (column)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = 2.5 + 0.6 * len(labels)
+    figure, axes = pyplot.subplots(figsize=(size + 0.5, size), layout="constrained")
+    axes.imshow(confusion, cmap="Blues")
+    for true, row in enumerate(confusion):
+        for predicted, count in enumerate(row):
+            dark = count > max(map(max, confusion)) / 2
+            axes.text(predicted, true, count, ha="center", va="center", color="white" if dark else "black")
+    axes.set(xlabel="predicted", ylabel="true", xticks=range(len(labels)), yticks=range(len(labels)))
+    axes.set_xticklabels(labels)
+    axes.set_yticklabels(labels)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -19,12 +19,7 @@ import checkpoint
 import config
 import weights
 from decode import speed_up
-from model import GPT, GPTConfig, choose_device, choose_dtype
-
-# special tokens that end a text: ours, Llama 3's and ChatML's; published models may name others
-ENDS = (bpe.END_OF_TEXT, bpe.END, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>")
-# the template whose marker the tokenizer has; without any, Alpaca's plain text
-MARKERS = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", bpe.USER: "markers"}
+from model import choose_device, choose_dtype
 
 
 @dataclass
@@ -34,6 +29,7 @@ class Settings:
     # model
     init_from: str = "resume"  # resume: a checkpoint of out_dir; else published weights, gpt2... or a folder
     out_dir: str | None = None  # folder of the run; None: the newest under out/
+    adapter: str | None = None  # an adapter.safetensors of finetune.py --train=lora, to merge into the model it was trained on
     which: Literal["best", "last"] = "best"  # the checkpoint with the lowest validation loss, or the last
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
@@ -41,6 +37,7 @@ class Settings:
     quantize: Literal["int8"] | None = None  # int8 weights: a quarter of float32's bytes
     export: str | None = None  # write the model and its tokenizer to this folder for transformers, and stop
     # text
+    classify: str | None = None  # a text whose class to name, with a model that finetune.py --task=classify made
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
     max_new_tokens: int = 500  # tokens of a text, at most
     num_samples: int = 1  # texts
@@ -102,27 +99,20 @@ class TextStream:
 
 
 def load_model(settings):
-    """(model, tokenizer, ids that end a text) of a run or of published weights, ready to generate."""
+    """(model, tokenizer, ids that end a text, checkpoint state) of a run or of published weights, ready to generate."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "auto" and (settings.export or settings.quantize and not settings.compile):
         dtype = torch.float32  # an export loses nothing; beside eager int8 products float32 was 13% faster on a CPU
     if settings.init_from == "resume":
         folder = settings.out_dir or checkpoint.newest_run()
-        which = settings.which if (Path(folder) / "best.pt").exists() else "last"
-        state = checkpoint.load(folder, which)
-        model = GPT(GPTConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-        tokenizer = weights.load_tokenizer(state["tokenizer"])
+        model, tokenizer, state = weights.load_run(folder, settings.which)
         print(f"{folder}, step {state['step']}", file=sys.stderr)
     else:
-        folder = weights.find_folder(settings.init_from)
-        model = GPT.from_pretrained(folder, dtype=dtype)
-        tokenizer = weights.load_tokenizer(folder)
-    ends = set(getattr(tokenizer, "stop_ids", ())) | {
-        tokenizer.special_tokens[name] for name in ENDS if name in tokenizer.special_tokens
-    }
-    return model.to(device, dtype).eval(), tokenizer, sorted(ends)
+        model, tokenizer, state = weights.load_model(settings.init_from, settings.which, dtype)
+    if settings.adapter:
+        weights.load_adapter(model, settings.adapter)
+    return model.to(device, dtype).eval(), tokenizer, bpe.stop_ids(tokenizer), state
 
 
 def read_prompt(settings, model, tokenizer):
@@ -207,6 +197,20 @@ def write_samples(settings, model, tokenizer, ends, compiled_decode):
     print(f"{made} tokens, {made / seconds:.0f} a second", file=sys.stderr)
 
 
+def print_classes(settings, model, tokenizer, state):
+    """Print the classes of a text, the likeliest first, each with its probability."""
+    if not model.config.n_classes or not state:
+        raise ValueError(f"{settings.out_dir or settings.init_from} has no classification head: finetune.py --task=classify")
+    ids = tokenizer.encode(settings.classify)[: model.config.block_size]
+    if not ids:
+        raise ValueError("classify='' has no token: give a text")
+    with torch.no_grad():
+        idx = torch.tensor([ids], device=model.device)
+        probs = model.classify(idx, torch.tensor([len(ids)], device=model.device))[0].softmax(-1).tolist()
+    for label, p in sorted(zip(state["labels"], probs, strict=True), key=lambda pair: -pair[1]):
+        print(f"{label:20} {p:.1%}")
+
+
 HELP = """/reset  forget the conversation        /temp 0.7  another temperature
 /save FILE  write it as JSON           /help  this list        /quit, or Ctrl-D"""
 
@@ -228,7 +232,7 @@ def chat(settings, model, tokenizer, ends, compiled_decode):
         import readline  # noqa: F401 (gives input() its history and editing)
     s, template = settings, settings.template
     if template == "auto":
-        template = next((name for marker, name in MARKERS.items() if marker in tokenizer.special_tokens), "alpaca")
+        template = bpe.template_for(tokenizer)
     options = drawing(s, model, ends, compiled_decode)
     beginning = [{"role": "system", "content": s.system}] if s.system else []
     messages = list(beginning)
@@ -282,11 +286,13 @@ def chat(settings, model, tokenizer, ends, compiled_decode):
 
 def main(argv):
     settings = config.configure(Settings, argv)
-    model, tokenizer, ends = load_model(settings)
+    model, tokenizer, ends, state = load_model(settings)
     if settings.export:
         model.save_pretrained(settings.export, tokenizer)
         print(f"{settings.export} is a folder that transformers loads")
         return
+    if settings.classify is not None:
+        return print_classes(settings, model, tokenizer, state)
     compiled_decode = speed_up(model, settings.quantize, settings.compile)
     talk = chat if settings.chat else write_samples
     talk(settings, model, tokenizer, ends, compiled_decode)

@@ -233,27 +233,53 @@ def read_spam(path):
 
 
 def read_instructions(path):
-    for item in read_json_list(path, ("instruction", "output")):
+    for where, item in read_table(path):
+        check_keys(where, item, ("instruction", "output"))
         yield {"instruction": item["instruction"], "input": item.get("input", ""), "output": item["output"]}
 
 
 def read_preferences(path):
-    for item in read_json_list(path, ("instruction", "chosen", "rejected")):
-        prompt = item["instruction"] + (f"\n\n### Input:\n{item['input']}" if item.get("input") else "")
-        yield {"prompt": prompt, "chosen": item["chosen"], "rejected": item["rejected"]}
+    for where, item in read_table(path):
+        check_keys(where, item, ("instruction", "chosen", "rejected"))
+        yield {key: item.get(key, "") for key in ("instruction", "input", "chosen", "rejected")}
 
 
-def read_json_list(path, keys):
-    """The objects of a JSON list, or one per line of a .jsonl file, checked for keys."""
-    text = Path(path).read_text(encoding="utf-8")
+def read_table(path):
+    """(where, row as a dict) of the rows of a .csv or .tsv file with a header, of a .jsonl file, or of a .json list."""
+    path = Path(path)
+    if path.suffix not in (".csv", ".tsv", ".jsonl", ".json"):
+        raise ValueError(f"{path} ends in {path.suffix!r}: needed is .csv, .tsv, .jsonl or .json")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix in (".csv", ".tsv"):
+            reader = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", restkey="", restval=None)
+            for row in reader:
+                yield f"{path} line {reader.line_num}", {key: value for key, value in row.items() if key and value is not None}
+        elif path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", parse_json(line, f"{path} line {number}", dict)
+        else:
+            for number, item in enumerate(parse_json(file.read(), path, list), 1):
+                yield f"{path} item {number}", item
+
+
+def parse_json(text, where, kind):
     try:
-        items = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): needed is a list of objects with {', '.join(keys)}") from error
-    for number, item in enumerate(items):
-        if missing := [key for key in keys if key not in item]:
-            raise ValueError(f"{path} item {number} has {sorted(item)} but no {missing}: add it")
-        yield item
+        raise ValueError(f"{where} is not JSON ({error}): correct it") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} is a {type(value).__name__}, needed is a {kind.__name__}: correct it")
+    return value
+
+
+def check_keys(where, item, keys):
+    """ValueError, naming the place, where a row lacks one of the keys or has no text there."""
+    for key in keys:
+        if key not in item:
+            raise ValueError(f"{where} has {' '.join(sorted(item)) or 'nothing'} but no {key}: add it")
+        if not isinstance(item[key], str) or not item[key].strip():
+            raise ValueError(f"{where}: {key}={item[key]!r} must be a text that is not empty: fill it in, or remove the row")
 
 
 TINY_SHAKESPEARE = Download(

@@ -26,7 +26,7 @@ import checkpoint
 import config
 import prepare
 from model import GPT, GPTConfig, autocast, choose_device, choose_dtype
-from progress import Progress, bits_per_byte, say
+from progress import Progress, bits_per_byte, described, sample_text, say
 
 HERE = Path(__file__).resolve().parent
 
@@ -253,8 +253,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, settings):
     """AdamW, with weight decay on matrices and embeddings only; with optimizer='muon' the blocks' matrices go to Muon."""
-    s, weights = settings, list(model.parameters())
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if s.optimizer == "muon" else []
+    s, weights = settings, [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad] if s.optimizer == "muon" else []
     for_muon = set(matrices)
     groups = [
         {"params": [p for p in weights if p.dim() >= 2 and p not in for_muon], "weight_decay": s.weight_decay},
@@ -295,11 +295,13 @@ class StopSignals:
 
 
 class Run:
-    """What a run knows of itself beside model and optimizer: its place, its folder, its best loss, how to save."""
+    """What a run knows of itself beside model and optimizer: its place, its folder, its best loss, how to save; and its
+    work: the rows of a step, their loss, the evaluation. This one pretrains; finetune.py's do other work."""
 
     def __init__(self, settings, dataset, windows, state, is_main):
         self.settings, self.dataset, self.is_main, self.folder = settings, dataset, is_main, Path(settings.out_dir)
-        self.windows = windows
+        self.windows, self.tokenizer, self.device = windows, dataset.tokenizer, choose_device(settings.device)
+        self.tokens_per_step = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
         self.step = state["step"] if state else 0
         self.best_val_loss = state["best_val_loss"] if state else math.inf
         self.evaluations_without_better = state["evaluations_without_better"] if state else 0
@@ -317,8 +319,9 @@ class Run:
             "evaluations_without_better": self.evaluations_without_better,
             "settings": asdict(self.settings),
             "model_config": asdict(model.config),
-            "tokenizer": self.dataset.tokenizer_dict,
+            "tokenizer": self.tokenizer.to_dict(),
             "data": self.dataset.sha256,
+            **self.further_state(),
         }
         try:
             checkpoint.save(self.folder, self.step, state)
@@ -335,9 +338,32 @@ class Run:
             if self.is_main and self.saved_step == self.step:
                 checkpoint.mark_best(self.folder, self.step)
 
-    def evaluation_batches(self):
+    def further_state(self):
+        """What the checkpoint of this kind of run holds beside the usual."""
+        return {}
+
+    def rows(self, first, count):
+        """Rows first to first + count - 1 of the endless list that the run works through."""
+        return self.windows.rows(first, count)
+
+    def loss(self, model, rows, all_rows):
+        """What some of this step's rows add to its mean loss."""
+        return model(*make_batch(rows, self.device))[1] * (len(rows) / len(all_rows))
+
+    def take_figures(self):
+        """Further figures for a line of the log."""
+        return {}
+
+    def evaluate(self, model, context, rank=0, world_size=1):
+        """The figures of an evaluation by name; `val_loss` decides which checkpoint is the best."""
         s = self.settings
-        return evaluation_batches(self.dataset.splits["val"], s.block_size, s.batch_size, s.eval_iters)
+        batches = evaluation_batches(self.dataset.splits["val"], s.block_size, s.batch_size, s.eval_iters)
+        val_loss = estimate_loss(model, batches, context, rank, world_size)
+        return {"val_loss": val_loss, "val_bits_per_byte": bits_per_byte(val_loss, self.dataset)}
+
+    def sample(self, model):
+        """Text to look at after an evaluation."""
+        return sample_text(model, self.tokenizer, self.settings)
 
     def last_checkpoint(self):
         steps = checkpoint.saved_steps(self.folder)
@@ -366,11 +392,10 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
     """
     s, device, signals = run.settings, model.device, StopSignals()
     context = autocast(device, choose_dtype(s.dtype, device))
-    windows = run.windows
     G = s.batch_size * s.gradient_accumulation_steps  # sequences of one step, over all processes
     share = G // world_size  # of them are this rank's
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
-    rows = windows.rows(run.step * G + rank * share, share)  # (share, T + 1)
+    rows = run.rows(run.step * G + rank * share, share)  # (share, T + 1) where the run pretrains
     loss_sum, logged_step = torch.zeros(1, device=device), run.step  # of the steps since the last line of the log
     skipped_in_a_row, started_at = 0, time.perf_counter()
     model.train()
@@ -384,10 +409,10 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
         if step and (ends or step % s.checkpoint_interval == 0):
             run.save(model, optimizers, scaler)
         if step and not stop and (ends or step % s.eval_interval == 0):
-            val_loss = estimate_loss(model, run.evaluation_batches(), context, rank, world_size)
-            run.note_evaluation(val_loss, model, optimizers, scaler)
+            figures = run.evaluate(model, context, rank, world_size)
+            run.note_evaluation(figures["val_loss"], model, optimizers, scaler)
             if progress:
-                progress.evaluated(step, val_loss)
+                progress.evaluated(step, figures)
         if ends or (s.patience and run.evaluations_without_better >= s.patience):
             break
 
@@ -397,15 +422,13 @@ def train(model, optimizers, scaler, run, progress, rank=0, world_size=1):
                 group["lr"] = group["largest_lr"] * learning_rate_at(step, s)
         torch.manual_seed(noise_seed(s.seed, step, rank))
         for first in range(0, share, s.batch_size):
-            idx, targets = make_batch(rows[first : first + s.batch_size], device)  # (b, T) each
             if world_size > 1:  # gradients are exchanged in the last backward pass only; DDP reads this in its forward
                 wrapped.require_backward_grad_sync = first + s.batch_size >= share
             with context:
-                _, loss = wrapped(idx, targets)
-            loss = loss * (len(idx) / share)
+                loss = run.loss(wrapped, rows[first : first + s.batch_size], rows)
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        rows = windows.rows((step + 1) * G + rank * share, share)  # read while a GPU still works
+        rows = run.rows((step + 1) * G + rank * share, share)  # read while a GPU still works
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
@@ -457,7 +480,7 @@ def open_or_prepare(name, world_size):
     return prepare.open_dataset(name)
 
 
-def resolve(given):
+def resolve(given, Settings=Settings, meaning=MEANING):
     """The settings of this run and the checkpoint state it goes on from, or None.
 
     On resumption the checkpoint's settings are the base, and given ones override them: those that change what the
@@ -470,7 +493,7 @@ def resolve(given):
     state = checkpoint.load(out_dir)
     before = state["settings"]
     changed = {key: value for key, value in given.items() if value != before[key]}
-    for key in changed.keys() & set(MEANING):
+    for key in changed.keys() & set(meaning):
         found = f"{key}={changed[key]} but the run in {out_dir} has {key}={before[key]}"
         raise ValueError(f"{found}, which its state rests on: leave it, or start a new run")
     if named := [f"{key}={value} (was {before[key]})" for key, value in changed.items() if key in CHANGES_RUN]:
@@ -574,8 +597,7 @@ def main(argv):
         say(model.summary())
     if settings.eval_only:
         run = Run(settings, dataset, None, state, is_main=False)
-        val_loss = estimate_loss(model, run.evaluation_batches(), autocast(device, dtype), rank, world_size)
-        say(f"val loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset):.3f} bits per byte")
+        say(described(run.evaluate(model, autocast(device, dtype), rank, world_size)))
         return 0
 
     windows, lock = Windows(dataset.splits["train"], settings.block_size, settings.seed), None

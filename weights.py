@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import bpe
+import checkpoint
 from model import GPT, GPTConfig, choose_device, choose_dtype
 
 HUB = {  # where the presets of model.py are published
@@ -138,6 +139,27 @@ LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max
 # settings that say what the weights mean: a loaded model keeps them
 ARCHITECTURE = set("vocab_size n_layer n_head n_kv_head n_embd head_dim n_inner bias qkv_bias o_bias norm mlp pos".split())
 ARCHITECTURE |= {"qk_norm", "tie_weights"}
+
+
+def load_model(name_or_folder, which="best", dtype=None):
+    """(model, tokenizer, checkpoint state) of a run's folder, in float32 and with LoRA merged, or of published weights.
+
+    which: the 'best' or the 'last' checkpoint of a run; a run without a best one gives the last. The state is None for
+    published weights. dtype is theirs only: see `load_pretrained`.
+    """
+    if checkpoint.saved_steps(name_or_folder):
+        return load_run(name_or_folder, which)
+    folder = find_folder(name_or_folder)
+    return load_pretrained(folder, dtype=dtype), load_tokenizer(folder), None
+
+
+def load_run(folder, which="best"):
+    """(model, tokenizer, checkpoint state) of a run's folder: see `load_model`."""
+    state = checkpoint.load(folder, which if (Path(folder) / "best.pt").exists() else "last")
+    model = GPT(GPTConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    model.merge_lora()
+    return model, load_tokenizer(state["tokenizer"]), state
 
 
 def find_folder(name_or_folder):
@@ -337,7 +359,7 @@ def read_tensor(files, name):
 def published_config(config):
     """The Kind that computes the same as a GPTConfig, and its config.json. Raises ValueError naming what it cannot express."""
     kind = LLAMA if config.pos == "rope" else GPT2
-    asked = {"qk_norm": False}
+    asked = {"qk_norm": False, "lora_rank": None, "n_classes": None}
     if kind is LLAMA:
         asked |= {"norm": "rmsnorm", "mlp": "swiglu", "o_bias": config.qkv_bias}
     else:
@@ -406,6 +428,35 @@ def save_pretrained(model, folder, tokenizer=None):
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_adapter(model, path):
+    """Write the LoRA matrices alone, with what they need to be merged again: a few MB of safetensors."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if ".lora_" in name}
+    config = {name: getattr(model.config, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
+    save_file(tensors, path, metadata={"format": "pt", "lora": json.dumps(config)})
+
+
+def load_adapter(model, path):
+    """Merge the LoRA matrices of a file into the model they were trained on. Raises ValueError where they do not fit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            lora = json.loads((file.metadata() or {}).get("lora", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        what = f"adapter={path} is no safetensors file ({error})"
+        raise ValueError(f"{what}: give the one that finetune.py --train=lora wrote") from error
+    state, scale = dict(model.named_parameters()), lora and lora["lora_alpha"] / lora["lora_rank"]
+    products = {}
+    for name in (name for name in tensors if name.endswith("lora_b")):
+        products[name.replace("lora_b", "weight")] = tensors[name] @ tensors[name.replace("lora_b", "lora_a")] * (scale or 0)
+    wrong = [name for name, product in products.items() if name not in state or state[name].shape != product.shape]
+    if not lora or not products or wrong:
+        what = f"adapter={path} has no place for {wrong[0]}" if wrong else f"adapter={path} holds no LoRA matrices"
+        raise ValueError(f"{what}: give the model it was trained on with --out_dir or --init_from")
+    with torch.no_grad():
+        for name, product in products.items():
+            state[name].copy_(state[name].float() + product)
 
 
 def tokenizer_files(tokenizer, config):
