@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 
 @dataclass
@@ -44,6 +45,10 @@ class GPTConfig:
     rope_scaling: dict | None = None  # Llama 3.1's, a dict with the keys of `llama3` below
     qk_norm: bool = False  # queries and keys divided by their root mean square, without a weight
     tie_weights: bool = True  # the head uses the token embedding's matrix
+    smear: bool = False  # to each token's embedding comes a learned share of the one before it
+    embed_skip: bool = False  # each block reads the residual stream and the embedding again, each with a learned weight
+    zero_init: bool = False  # output projections, and an untied head, start at zero: at first a block changes nothing
+    loss_chunk: int | None = None  # tokens whose logits are there at once in training; None: all, and forward returns them
     attention: Literal["auto", "sdpa", "explicit"] = "auto"  # auto: the explicit product for short blocks on CPU, else sdpa
     lora_rank: int | None = None  # of the trained products beside frozen matrices (LoRA); None: no LoRA
     lora_alpha: float = 16.0  # LoRA's products are scaled by lora_alpha / lora_rank
@@ -154,6 +159,7 @@ class KVCache:
         # a tensor for each layer: of one for all, a compiled step would copy the whole to change a slice
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]  # (B, Hkv, max_len, D)
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.ids = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
         self.device, self.max_len, self.static = device, max_len, False
         self.length = 0  # positions of the longest row
         self.lengths = None  # (B,) where rows differ or the cache is static; None where all have `length`
@@ -162,6 +168,7 @@ class KVCache:
         """Declare how much of each right-padded row is real: lengths (B,), in positions. One row becomes B equal ones."""
         if any(len(store) < len(lengths) for store in self.k):
             self.k, self.v = ([s.repeat(len(lengths), 1, 1, 1) for s in stores] for stores in (self.k, self.v))
+            self.ids = self.ids.repeat(len(lengths), 1)
         self.length, self.static = int(lengths.max()), static
         self.lengths = lengths.clone() if static or bool((lengths != self.length).any()) else None
 
@@ -186,6 +193,12 @@ class KVCache:
                 rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
                 store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, Hkv, D)
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
+
+    def previous(self, idx, positions):
+        """Note the tokens idx (B, T) at `positions`; the token before each, (B, T), arbitrary at position 0."""
+        rows = torch.arange(len(idx), device=idx.device)[:, None]  # (B, 1)
+        self.ids[rows, positions] = idx
+        return self.ids[rows, (positions - 1).clamp(min=0)]
 
     def advance(self, T):
         if self.lengths is not None:
@@ -352,6 +365,9 @@ class GPT(nn.Module):
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
+        self.smear = nn.Parameter(torch.zeros(config.n_embd)) if config.smear else None
+        self.stream_share = nn.Parameter(torch.ones(config.n_layer)) if config.embed_skip else None
+        self.embed_share = nn.Parameter(torch.zeros(config.n_layer)) if config.embed_skip else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = norm(config)
@@ -368,7 +384,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """Fresh weights, in reading order: GPT-2's N(0, 0.02), biases zero, norms one."""
         std = 0.02
-        residual_std = std / math.sqrt(2 * max(1, len(self.blocks)))  # 2 L sums into the residual stream keep its scale
+        # 2 L sums into the residual stream keep its scale
+        residual_std = 0.0 if self.config.zero_init else std / math.sqrt(2 * max(1, len(self.blocks)))
         nn.init.normal_(self.tok_emb.weight, std=std)
         if self.pos_emb is not None:
             nn.init.normal_(self.pos_emb.weight, std=std)
@@ -386,7 +403,7 @@ class GPT(nn.Module):
             block.mlp_norm.reset_parameters()
         self.final_norm.reset_parameters()
         if not self.config.tie_weights:
-            nn.init.normal_(self.head.weight, std=std)
+            nn.init.normal_(self.head.weight, std=0.0 if self.config.zero_init else std)
 
     def embed(self, idx, cache=None):
         """What the first block reads: x (B, T, C); positions (T,) or (B, T); rotation, the cosines and sines of RoPE; mask."""
@@ -397,32 +414,53 @@ class GPT(nn.Module):
         S = T if cache is None else cache.attended(T)
         mask = None if T == 1 and positions.ndim == 1 else causal_mask(positions, S)  # (T, S) or (B, 1, T, S)
         x = self.tok_emb(idx)  # (B, T, C)
+        if self.smear is not None:
+            if cache is None:
+                before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            else:
+                before = self.tok_emb(cache.previous(idx, positions)) * (positions > 0)[..., None]
+            x = x + self.smear * before
         if self.pos_emb is not None:
             return self.dropout(x + self.pos_emb(positions)), positions, None, mask
         self.frequencies = self.frequencies.to(idx.device)
         angles = positions[..., None, None] * self.frequencies  # (T, 1, D / 2) or (B, T, 1, D / 2)
         return self.dropout(x), positions, (angles.cos(), angles.sin()), mask
 
+    def with_embedding(self, x, embedded, layer):
+        """What a block reads where the config has embed_skip: the stream and the embedding, each with its learned weight."""
+        return x if self.embed_share is None else self.stream_share[layer] * x + self.embed_share[layer] * embedded
+
     def hidden(self, idx, cache=None):
         """The normalised residual stream that the head reads: idx (B, T) -> (B, T, C). Appends to the cache, if any."""
         x, positions, rotation, mask = self.embed(idx, cache)
-        for block in self.blocks:
-            x = block(x, positions, rotation, mask, cache)  # (B, T, C)
+        embedded = x
+        for layer, block in enumerate(self.blocks):
+            x = block(self.with_embedding(x, embedded, layer), positions, rotation, mask, cache)  # (B, T, C)
         if cache is not None:
             cache.advance(idx.shape[1])
         return self.final_norm(x)
 
     def forward(self, idx, targets=None, cache=None):
-        """Logits (B, T, V) in float32 and, where targets are given, the mean cross-entropy in nats; else None.
+        """Logits (B, T, V) in float32, None with targets and loss_chunk; the mean cross-entropy in nats, None without targets.
 
         idx (B, T) int64; targets (B, T), already shifted: targets[b, t] follows idx[b, t]; -100 is not scored.
         """
-        logits = self.head(self.hidden(idx, cache)).float()  # (B, T, V)
+        x = self.hidden(idx, cache)  # (B, T, C)
         if targets is None:
-            return logits, None
+            return self.head(x).float(), None
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if self.config.loss_chunk is None:
+            logits = self.head(x).float()
+            total = cross_entropy_sum(logits, targets)
+        else:  # the logits of a piece are dropped after it, and computed again in the backward pass
+            logits, n = None, self.config.loss_chunk
+            pieces = zip(x.split(n), targets.split(n), strict=True)
+            total = sum(recompute(self.piece_loss, *piece, use_reentrant=False) for piece in pieces)
         # a mean over nothing would be NaN, so the count is at least 1
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return logits, total / (targets != -100).sum().clamp(min=1)
+        return logits if logits is None else logits.view(*idx.shape, -1), total / (targets != -100).sum().clamp(min=1)
+
+    def piece_loss(self, x, targets):
+        return cross_entropy_sum(self.head(x).float(), targets)
 
     def classify(self, idx, lengths):
         """Class logits (B, n_classes) in float32, read at the last token of each right-padded row: idx (B, T), lengths (B,)."""
@@ -441,8 +479,9 @@ class GPT(nn.Module):
     def attention_maps(self, idx):
         """What each position attends to, by the explicit product: idx (B, T) -> (L, B, H, T, T), rows summing to 1."""
         x, positions, rotation, mask = self.embed(idx)
-        maps = []
-        for block in self.blocks:
+        maps, embedded = [], x
+        for layer, block in enumerate(self.blocks):
+            x = self.with_embedding(x, embedded, layer)
             q, k, _ = block.attn.queries_keys_values(block.attn_norm(x), rotation)
             maps.append(attention_weights(q, k, mask))  # (B, H, T, T)
             x = block(x, positions, rotation, mask)
@@ -579,6 +618,11 @@ class GPT(nn.Module):
             f"{16 * n / 1e6:,.0f} MB with gradients and Adam's moments, "
             f"cache {cache_bytes / 1e6:,.1f} MB a sequence of {c.block_size}"
         )
+
+
+def cross_entropy_sum(logits, targets):
+    """Summed cross-entropy in nats: logits (N, V), targets (N,), of which -100 is not scored."""
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 def penalise(logits, seen, penalty):

@@ -778,7 +778,7 @@ def test_export_writes_a_folder_that_transformers_loads(workdir, capsys):
     status, out, _ = run_main(sample.main, ["--export=folder"], capsys)
     assert status == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("folder")
-    model, tokenizer, _ = sample.load_model(sample.Settings(dtype="float32"))
+    model, tokenizer, *_ = sample.load_model(sample.Settings(dtype="float32"))
     idx = torch.tensor([tokenizer.encode("To be, or")])
     torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
     assert transformers.AutoTokenizer.from_pretrained("folder")("To be, or").input_ids == idx[0].tolist()

@@ -68,8 +68,10 @@ class Settings(GPTConfig):
     max_iters: int = 600000  # steps (updates) of the run
     decay_lr: bool = True  # warm up and decay; else learning_rate throughout
     warmup_iters: int = 2000  # steps of linear warm-up
-    lr_decay_iters: int = 600000  # step at which the cosine reaches min_lr
-    min_lr: float = 6e-5  # where the cosine ends, in units of learning_rate's
+    lr_shape: Literal["cosine", "linear"] = "cosine"  # of the decay after the warm-up
+    cooldown: float = 1.0  # share of the steps, the last ones, in which linear decays; below 1: warm-up, stable, decay
+    lr_decay_iters: int = 600000  # step at which the decay reaches min_lr
+    min_lr: float = 6e-5  # where the decay ends, in units of learning_rate's
     patience: int | None = None  # stop after this many evaluations without a better one
     max_minutes: float | None = None  # stop, with a checkpoint, after this time; the schedule stays what it is
     # machine
@@ -86,6 +88,8 @@ class Settings(GPTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_iters < 0 or self.grad_clip < 0:
             raise ValueError(f"max_iters={self.max_iters} and grad_clip={self.grad_clip} must not be negative")
+        if not 0 < self.cooldown <= 1:
+            raise ValueError(f"cooldown={self.cooldown} must lie in (0, 1]: it is a share of the steps")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.checkpoint_interval is None:
@@ -93,10 +97,10 @@ class Settings(GPTConfig):
 
 
 # what weights and optimizer state rest on: fixed once a run began
-MEANING = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "attention")] + ["dataset", "optimizer"]
+MEANING = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "attention", "loss_chunk")] + ["dataset", "optimizer"]
 # what may change on resumption, with a line that says so
 CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout grad_clip learning_rate muon_lr momentum
-muon_weight_decay weight_decay beta1 beta2 decay_lr warmup_iters lr_decay_iters min_lr dtype""".split()
+muon_weight_decay weight_decay beta1 beta2 decay_lr warmup_iters lr_shape cooldown lr_decay_iters min_lr dtype""".split()
 
 
 def model_config(settings, vocab_size):
@@ -198,7 +202,7 @@ def all_reduce(values, world_size, device, op=dist.ReduceOp.SUM):
 
 
 def learning_rate_at(step, settings):
-    """The share of the largest learning rate at which update `step` (from 0) is made: linear warm-up, then a cosine."""
+    """The share of the largest learning rate at which update `step` (from 0) is made: linear warm-up, then the decay."""
     s = settings
     if not s.decay_lr:
         return 1.0
@@ -206,6 +210,8 @@ def learning_rate_at(step, settings):
         return (step + 1) / (s.warmup_iters + 1)
     lowest = s.min_lr / s.learning_rate
     progress = min(1.0, (step - s.warmup_iters) / max(1, s.lr_decay_iters - s.warmup_iters))
+    if s.lr_shape == "linear":
+        return lowest + (1 - lowest) * min(1.0, (1 - progress) / s.cooldown)
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -138,7 +138,7 @@ BY_TYPE = {kind.model_type: kind.architecture for kind in KINDS}  # for a config
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # settings that say what the weights mean: a loaded model keeps them
 ARCHITECTURE = set("vocab_size n_layer n_head n_kv_head n_embd head_dim n_inner bias qkv_bias o_bias norm mlp pos".split())
-ARCHITECTURE |= {"qk_norm", "tie_weights"}
+ARCHITECTURE |= {"qk_norm", "tie_weights", "smear", "embed_skip"}
 
 
 def load_model(name_or_folder, which="best", dtype=None):
@@ -359,7 +359,7 @@ def read_tensor(files, name):
 def published_config(config):
     """The Kind that computes the same as a GPTConfig, and its config.json. Raises ValueError naming what it cannot express."""
     kind = LLAMA if config.pos == "rope" else GPT2
-    asked = {"qk_norm": False, "lora_rank": None, "n_classes": None}
+    asked = {"qk_norm": False, "smear": False, "embed_skip": False, "lora_rank": None, "n_classes": None}
     if kind is LLAMA:
         asked |= {"norm": "rmsnorm", "mlp": "swiglu", "o_bias": config.qkv_bias}
     else:

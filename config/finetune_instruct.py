@@ -1,0 +1,14 @@
+# config/finetune_instruct.py: 1,100 instructions of everyday English, the loss on the answers alone
+# expect EXPECT
+task = "instruct"
+dataset = "instruct"
+init_from = "out/pydoc_char"
+out_dir = "out/finetune_instruct"
+
+batch_size = 16
+optimizer = "muon"
+muon_lr = 0.01
+learning_rate = 1e-3
+dropout = 0.1
+max_iters = 200
+eval_interval = 50

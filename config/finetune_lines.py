@@ -1,0 +1,13 @@
+# config/finetune_lines.py: is a line Python or English? No download; the base is python train.py's
+# expect EXPECT
+task = "classify"
+dataset = "lines"
+init_from = "out/pydoc_char"
+out_dir = "out/finetune_lines"
+
+batch_size = 64
+optimizer = "muon"
+muon_lr = 0.005
+learning_rate = 1e-3  # of the embedding, the norms and the head
+max_iters = 400
+eval_interval = 200

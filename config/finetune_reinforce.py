@@ -1,0 +1,15 @@
+# config/finetune_reinforce.py: the answers of config/finetune_tasks.py's model, the right ones reinforced (GRPO)
+# expect EXPECT
+task = "reinforce"
+dataset = "tasks"
+init_from = "out/finetune_tasks"
+out_dir = "out/finetune_reinforce"
+
+batch_size = 16  # prompts, each with 8 answers
+group_size = 8
+optimizer = "muon"
+muon_lr = 0.002
+learning_rate = 1e-4
+max_iters = 200
+eval_interval = 50
+log_interval = 5

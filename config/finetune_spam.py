@@ -1,0 +1,17 @@
+# config/finetune_spam.py: spam or not, as many messages of one as of the other; the base is python train.py's
+# expect EXPECT
+task = "classify"
+dataset = "spam"
+init_from = "out/pydoc_char"
+out_dir = "out/finetune_spam"
+
+balance = "undersample"
+val_share = 0.1
+test_share = 0.2
+batch_size = 32
+optimizer = "muon"
+muon_lr = 0.005
+learning_rate = 1e-3
+dropout = 0.1
+max_iters = 200
+eval_interval = 50

@@ -1,0 +1,14 @@
+# config/finetune_tasks.py: ten kinds of small instructions with checkable answers; the base is python train.py's
+# expect EXPECT
+task = "instruct"
+dataset = "tasks"
+init_from = "out/pydoc_char"
+out_dir = "out/finetune_tasks"
+
+batch_size = 64
+optimizer = "muon"
+muon_lr = 0.02
+learning_rate = 3e-3
+max_iters = 1500
+eval_interval = 500
+log_interval = 50
