@@ -30,6 +30,7 @@ import bpe
 import checkpoint
 import config
 import decode
+import finetune
 import model as model_module
 import prepare
 import sample
@@ -326,6 +327,54 @@ def test_an_impossible_model_is_refused(settings, says):
         GPTConfig(**settings)
 
 
+def test_smear_and_embed_skip_add_what_they_say():
+    model = tiny_model(smear=True, embed_skip=True, pos="rope", n_layer=1)
+    idx = torch.randint(61, (2, 7))
+    embedding = model.tok_emb(idx)
+    before = torch.cat([torch.zeros(2, 1, 32), embedding[:, :-1]], 1)
+    x, positions, rotation, mask = model.embed(idx)
+    torch.testing.assert_close(x, embedding + model.smear * before)
+    mixed = model.stream_share[0] * x + model.embed_share[0] * x
+    after = model.final_norm(model.blocks[0](mixed, positions, rotation, mask))
+    torch.testing.assert_close(model.hidden(idx), after)
+
+
+def test_smear_decodes_rows_of_different_lengths_as_one_pass_does():
+    model = tiny_model(smear=True, embed_skip=True, pos="rope")
+    prompts = [torch.randint(61, (n,)) for n in (3, 9, 1)]
+    lengths = torch.tensor([len(p) for p in prompts])
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=60)
+    together = model.generate(padded, 12, temperature=0, lengths=lengths)
+    for row, prompt in enumerate(prompts):
+        ids = prompt
+        for _ in range(12):  # without a cache: the whole text again for every token
+            ids = torch.cat([ids, model(ids[None])[0][0, -1:].argmax(-1)])
+        assert together[row, 9:].tolist() == ids[len(prompt) :].tolist()
+
+
+def test_zero_init_starts_at_the_uniform_distribution():
+    torch.manual_seed(0)
+    shape = dict(vocab_size=61, block_size=8, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(GPTConfig(**shape, zero_init=True, tie_weights=False))
+    idx = torch.randint(61, (2, 8))
+    assert model(idx, idx)[1].item() == pytest.approx(math.log(61), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_chunk", [1, 5, 1000])
+def test_loss_in_chunks_has_the_gradients_of_the_whole(loss_chunk):
+    whole, chunked = tiny_model(), tiny_model(loss_chunk=loss_chunk)
+    idx, targets = torch.randint(61, (2, 3, 8))
+    targets[0, :5] = -100
+    logits, loss = chunked(idx, targets)
+    assert logits is None
+    loss.backward()
+    expected = whole(idx, targets)[1]
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    for p, q in zip(chunked.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0)  # float32, sums in another order
+
+
 # ----------------------------------------------------------------------------------------------------- generation
 
 
@@ -515,6 +564,12 @@ def test_learning_rate_is_nanogpts():
             expected = 1e-4 + 0.5 * (1 + math.cos(math.pi * (step - 10) / 90)) * 9e-4
         assert s.learning_rate * train.learning_rate_at(step, s) == pytest.approx(expected, rel=1e-12)
     assert train.learning_rate_at(77, dataclasses.replace(s, decay_lr=False)) == 1.0
+
+
+def test_linear_decay_falls_to_its_end_over_the_cooldown():
+    settings = train.Settings(lr_shape="linear", warmup_iters=10, lr_decay_iters=110, min_lr=0.0, cooldown=0.4)
+    shares = [train.learning_rate_at(step, settings) for step in (0, 9, 10, 70, 90, 110)]
+    assert shares == pytest.approx([1 / 11, 10 / 11, 1, 1, 0.5, 0])
 
 
 def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions():
@@ -1027,6 +1082,330 @@ def test_two_processes_make_the_run_of_one_and_their_checkpoint_resumes_in_one(w
             assert a[key] == pytest.approx(b[key], abs=1e-5)
     status, out, _ = run_main(train.main, ["--init_from=resume", "--out_dir=out/two", "--max_iters=21"], capsys)
     assert status == 0 and "step 21/21" in out
+
+
+# ---------------------------------------------------------------------------------------------------- finetuning
+
+
+@pytest.fixture
+def base(workdir, capsys):
+    """A tiny run in out/small, and rows for every task in files of their own."""
+    run_main(train.main, TINY_RUN, capsys)
+    words = "to be or not that is the question whether nobler in mind suffer".split()
+    texts = [" ".join(words[i % 12 : i % 12 + 2 + i % 4]) + " " + words[i % 7] * (1 + i // 12) for i in range(60)]
+    rows = {
+        "classes": [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)],
+        "orders": [{"instruction": t, "input": "", "output": "to"[: 1 + i % 2], "kind": "x"} for i, t in enumerate(texts)],
+        "pairs": [{"instruction": t[:4], "chosen": "to be", "rejected": "nor"} for t in texts],
+    }
+    for name, items in rows.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return workdir
+
+
+TINY_TUNE = (
+    "--init_from=out/small --batch_size=4 --max_iters=6 --eval_interval=3 --log_interval=1 --warmup_iters=1 --device=cpu "
+    "--dtype=float32 --template=markers --answer_tokens=4 --eval_answers=4 --test_items=4 --learning_rate=1e-3 --block_size=64"
+).split()
+TASKS = {"classify": "classes", "instruct": "orders", "prefer": "pairs", "reinforce": "orders"}
+
+
+def tune(task, capsys, *words, out="tuned"):
+    return run_main(
+        finetune.main, [f"--task={task}", f"--dataset={TASKS[task]}.jsonl", *TINY_TUNE, f"--out_dir=out/{out}", *words], capsys
+    )
+
+
+def stage_of(task, *words):
+    """The Stage that finetune.main would train, with its model."""
+    given = [f"--task={task}", f"--dataset={TASKS[task]}.jsonl", *TINY_TUNE, *words]
+    settings = config.configure(finetune.Settings, given)
+    records = finetune.read_records(settings)
+    model, records.tokenizer = finetune.build_model(settings, records, None)
+    return finetune.STAGES[task](settings, records, model.eval(), records.tokenizer, None), model
+
+
+@pytest.fixture
+def long_base(base, capsys):
+    """The same with a context of 64, which all rows fit into, and RoPE."""
+    run_main(train.main, [*TINY_RUN, "--overwrite=True", "--pos=rope", "--block_size=64"], capsys)
+    return base
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_stage_trains_and_says_what_it_reached(long_base, capsys, task):
+    status, out, err = tune(task, capsys)
+    assert status == 0, err
+    assert "test, before:" in out and "test, with the best checkpoint:" in out
+    figures = json.loads(Path("out/tuned/test.json").read_text())
+    assert figures["before"].keys() == figures["after"].keys()
+    lines = [json.loads(line) for line in Path("out/tuned/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
+    if task == "reinforce":
+        assert all("reward" in line for line in lines if "loss" in line)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_stage_that_was_interrupted_ends_in_the_same_bits(long_base, capsys, task):
+    words = ["--dropout=0.1", "--optimizer=muon", "--updates_per_sample=2", "--kl_coef=0.1", "--checkpoint_interval=1"]
+    tune(task, capsys, *words, out="whole")
+    tune(task, capsys, *words, "--max_iters=3", "--lr_decay_iters=6", out="part")
+    status, _, err = run_main(
+        finetune.main, ["--init_from=resume", "--out_dir=out/part", "--max_iters=6"], capsys
+    )
+    assert status == 0, err
+    whole, part = checkpoint.load("out/whole"), checkpoint.load("out/part")
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, part["model"][name]), name
+
+
+def test_the_loss_of_a_batch_is_the_loss_of_each_example_alone(long_base):
+    stage, model = stage_of("instruct")
+    rows = stage.rows(0, 4)
+    losses, counts = [], []
+    for ids, is_answer, _ in rows:  # unbatched, unpadded, over the whole vocabulary
+        logprobs = model(torch.tensor([ids]))[0][0, :-1].log_softmax(-1)
+        chosen = [t for t in range(1, len(ids)) if is_answer[t]]
+        losses.append(-sum(logprobs[t - 1, ids[t]] for t in chosen))
+        counts.append(len(chosen))
+    torch.testing.assert_close(stage.loss(model, rows, rows), sum(losses) / sum(counts), atol=1e-5, rtol=0)
+
+
+def test_the_prompt_has_no_gradient_of_its_own(long_base):
+    stage, model = stage_of("instruct")
+    ids, is_answer, row = stage.rows(0, 4)[0]
+    hidden = []
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        hidden.append(output)
+
+    model.final_norm.register_forward_hook(keep)
+    stage.loss(model, [(ids, is_answer, row)], [(ids, is_answer, row)]).backward()
+    scored = torch.tensor(is_answer[1:])
+    assert hidden[0].grad[0][~scored].abs().max() == 0
+    assert (hidden[0].grad[0][scored].abs().sum(-1) > 0).all()
+
+
+def test_the_end_of_the_answer_is_learnt(long_base):
+    stage, _ = stage_of("instruct")
+    for ids, is_answer, _ in stage.examples["train"]:
+        assert ids[-1] in stage.stop and is_answer[-1] and not is_answer[0]
+
+
+def test_a_class_does_not_depend_on_padding_or_company(long_base):
+    stage, model = stage_of("classify")
+    examples = stage.examples["train"][:7]
+    together = model.classify(*finetune.padded([ids for ids, _ in examples], model.device))
+    for row, (ids, _) in enumerate(examples):
+        alone = model.classify(torch.tensor([ids]), torch.tensor([len(ids)]))
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=0)
+
+
+def test_class_weights_weigh_every_class_alike(long_base):
+    stage, model = stage_of("classify", "--balance=weights")
+    rows = stage.examples["train"][:9]
+    logits = model.classify(*finetune.padded([ids for ids, _ in rows], model.device))
+    counts = [sum(label == i for _, label in stage.examples["train"]) for i in range(2)]
+    losses = F.cross_entropy(logits, torch.tensor([label for _, label in rows]), reduction="none")
+    share = torch.tensor([1 / counts[label] for _, label in rows])
+    torch.testing.assert_close(stage.loss(model, rows, rows), (losses * share).sum() / share.sum())
+
+
+def test_the_first_loss_of_preferences_is_ln_2(long_base):
+    stage, model = stage_of("prefer")
+    rows = stage.rows(0, 4)
+    assert stage.loss(model, rows, rows).item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_dpo_is_the_published_formula(long_base):
+    stage, model = stage_of("prefer", "--dpo_beta=0.3")
+    rows = stage.rows(0, 4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    start = weights.load_model("out/small")[0].eval()
+
+    def total(net, ids, is_answer):
+        logprobs = net(torch.tensor([ids]))[0][0, :-1].log_softmax(-1)
+        return sum(logprobs[t - 1, ids[t]] for t in range(1, len(ids)) if is_answer[t])
+
+    losses = []
+    for chosen, chosen_mask, rejected, rejected_mask, *_ in rows:
+        gained = total(model, chosen, chosen_mask) - total(start, chosen, chosen_mask)
+        lost = total(model, rejected, rejected_mask) - total(start, rejected, rejected_mask)
+        losses.append(-F.logsigmoid(0.3 * (gained - lost)))
+    torch.testing.assert_close(stage.loss(model, rows, rows), sum(losses) / 4, atol=1e-5, rtol=0)
+
+
+def test_grpo_on_two_arms_has_the_gradient_of_the_closed_form():
+    """One token a or b with probability p = sigmoid(w): d log p(a) / dw = 1 - p, d log p(b) / dw = -p."""
+    w = torch.tensor(0.4, requires_grad=True)
+    p, arms, rewards = torch.sigmoid(w).item(), torch.tensor([1, 1, 0, 1]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    advantages = (rewards - rewards.mean()) / rewards.std(correction=0)
+    logprobs = torch.where(arms == 1, F.logsigmoid(w), F.logsigmoid(-w))[:, None]
+    settings = finetune.Settings()
+    scored = torch.ones(4, 1, dtype=torch.bool)
+    finetune.grpo_loss(logprobs, logprobs.detach(), advantages, scored, settings).backward()
+    slopes = torch.where(arms == 1, 1 - p, -p)
+    assert w.grad.item() == pytest.approx(-(advantages * slopes).mean().item(), abs=1e-6)
+
+
+def test_grpo_clips_and_counts_divergence():
+    before = torch.zeros(2, 1)
+    scored = torch.ones(2, 1, dtype=torch.bool)
+    now = torch.tensor([[math.log(2.0)], [math.log(0.5)]])
+    settings = finetune.Settings(clip=0.2, kl_coef=0.5)
+    loss = finetune.grpo_loss(now, before, torch.tensor([1.0, 1.0]), scored, settings)
+    assert loss.item() == pytest.approx(-(1.2 + 0.5) / 2)
+    start = torch.zeros(2, 1)
+    divergence = ((0.5 - math.log(0.5) - 1) + (2.0 - math.log(2.0) - 1)) / 2
+    loss = finetune.grpo_loss(now, before, torch.tensor([1.0, 1.0]), scored, settings, start)
+    assert loss.item() == pytest.approx(-(1.2 + 0.5) / 2 + 0.5 * divergence)
+
+
+def test_equal_rewards_change_nothing(long_base, capsys):
+    Path("same.py").write_text("def reward(prompt, answer):\n    return 1.0\n")
+    status, out, err = tune("reinforce", capsys, "--reward=same.py")
+    assert status == 0, err
+    before, after = checkpoint.load("out/small", "best")["model"], checkpoint.load("out/tuned")["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_lora_starts_as_the_base_and_leaves_it_unchanged(long_base, capsys):
+    stage, model = stage_of("instruct", "--train=lora", "--lora_rank=3", "--lora_alpha=7")
+    start = weights.load_model("out/small")[0].eval()
+    idx = torch.randint(20, (2, 9))
+    assert torch.equal(model(idx)[0], start(idx)[0])
+    status, _, err = tune("instruct", capsys, "--train=lora", "--lora_rank=3", "--lora_alpha=7")
+    assert status == 0, err
+    tuned = checkpoint.load("out/tuned", "best")["model"]
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in start.state_dict().items())
+    assert any(name.endswith("lora_b") and tensor.abs().max() > 0 for name, tensor in tuned.items())
+
+
+def test_lora_merged_and_as_an_adapter_computes_the_same(long_base, capsys):
+    tune("instruct", capsys, "--train=lora", "--lora_rank=3", "--lora_alpha=7", "--learning_rate=0.05")
+    state = checkpoint.load("out/tuned", "best")
+    beside = GPT(GPTConfig(**state["model_config"])).eval()
+    beside.load_state_dict(state["model"])
+    merged = weights.load_model("out/tuned")[0].eval()
+    adapted = weights.load_model("out/small")[0].eval()
+    idx = torch.randint(20, (2, 9))
+    assert not torch.allclose(beside(idx)[0], adapted(idx)[0], atol=1e-3)
+    weights.load_adapter(adapted, "out/tuned/adapter.safetensors")
+    torch.testing.assert_close(merged(idx)[0], beside(idx)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(adapted(idx)[0], beside(idx)[0], atol=1e-5, rtol=0)
+    assert Path("out/tuned/adapter.safetensors").stat().st_size < 20_000
+    status, _, _ = run_main(sample.main, ["--out_dir=out/small", "--adapter=out/tuned/adapter.safetensors"], capsys)
+    assert status == 0
+
+
+def test_new_markers_extend_tokenizer_and_embedding(long_base, capsys):
+    tokenizer = bpe.CharTokenizer.train(TEXT, special_tokens=(bpe.UNKNOWN,))
+    wider = bpe.with_special_tokens(tokenizer, finetune.MARKERS)
+    assert wider.vocab_size == tokenizer.vocab_size + 4 and wider.encode("to be") == tokenizer.encode("to be")
+    state = checkpoint.load("out/small")
+    rows = tokenizer.vocab_size
+    state["model_config"]["vocab_size"], state["tokenizer"] = rows, tokenizer.to_dict()
+    for name in ("tok_emb.weight", "head.weight"):
+        state["model"][name] = state["model"][name][:rows].clone()
+    step = state.pop("step")
+    Path("out/narrow").mkdir()
+    checkpoint.save("out/narrow", step, state)
+    status, _, err = tune("instruct", capsys, "--init_from=out/narrow")
+    assert status == 0, err
+    assert len(checkpoint.load("out/tuned")["model"]["tok_emb.weight"]) == rows + 4
+
+
+def test_freezing_leaves_weights_as_they_are(long_base, capsys):
+    tune("classify", capsys, "--train=last_block")
+    tune("instruct", capsys, "--freeze=tok_emb* head* *mlp*", out="frozen")
+    before, head = checkpoint.load("out/small", "best")["model"], checkpoint.load("out/tuned", "best")["model"]
+    frozen = checkpoint.load("out/frozen", "best")["model"]
+    assert torch.equal(before["tok_emb.weight"], head["tok_emb.weight"])
+    for name, tensor in before.items():
+        left = re.match("tok_emb|head|.*mlp", name) is not None
+        assert torch.equal(tensor, frozen[name]) == left, name
+
+
+def test_classes_are_named_with_probabilities(long_base, capsys):
+    tune("classify", capsys)
+    status, out, _ = run_main(sample.main, ["--out_dir=out/tuned", "--classify=to be or not"], capsys)
+    assert status == 0
+    shares = [float(line.split()[1].rstrip("%")) for line in out.splitlines()]
+    assert {line.split()[0] for line in out.splitlines()} == {"a", "b"} and sum(shares) == pytest.approx(100, abs=0.11)
+    status, _, err = run_main(sample.main, ["--out_dir=out/small", "--classify=to be"], capsys)
+    assert status == 2 and "--task=classify" in err
+    assert Path("out/tuned/confusion.png").stat().st_size > 1000
+
+
+def test_splits_share_no_text_and_change_with_the_seed(long_base):
+    Path("classes.jsonl").write_text(Path("classes.jsonl").read_text() * 2)
+
+    def splits(seed):
+        s = config.configure(finetune.Settings, ["--task=classify", "--dataset=classes.jsonl", f"--seed={seed}"])
+        return finetune.read_records(s).splits
+
+    texts = {split: {row["text"] for _, row in rows} for split, rows in splits(0).items()}
+    assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == len({*sum(map(list, texts.values()), [])})
+    assert splits(0) == splits(0) != splits(1)
+
+
+def test_undersampling_leaves_classes_of_equal_size(long_base):
+    Path("classes.jsonl").write_text("".join(Path("classes.jsonl").read_text().splitlines(True)[:40] * 1))
+    with open("classes.jsonl", "a") as file:
+        file.writelines(json.dumps({"text": f"more {i}", "label": "b"}) + "\n" for i in range(20))
+    s = config.configure(finetune.Settings, "--task=classify --dataset=classes.jsonl --balance=undersample".split())
+    labels = [row["label"] for rows in finetune.read_records(s).splits.values() for _, row in rows]
+    assert labels.count("a") == labels.count("b") == 20
+
+
+BAD_ROWS = {
+    "a missing column": ("classify", '{"text": "to be"}', "line 61", "label"),
+    "an empty text": ("classify", '{"text": " ", "label": "a"}', "line 61", "must be a text"),
+    "no JSON": ("classify", '{"text"', "line 61", "not JSON"),
+    "an empty answer": ("instruct", '{"instruction": "to", "output": ""}', "line 61", "output=''"),
+    "messages without an end": ("instruct", '{"messages": [{"role": "user", "content": "to"}]}', "line 61", "assistant"),
+    "a pair without a rejected": ("prefer", '{"instruction": "to", "chosen": "be"}', "line 61", "rejected"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named_with_its_line(base, capsys, case):
+    task, line, place, what = BAD_ROWS[case]
+    with open(f"{TASKS[task]}.jsonl", "a") as file:
+        file.write(line + "\n")
+    status, out, err = tune(task, capsys)
+    assert status == 2 and err.count("\n") == 1 and place in err and what in err
+    assert not Path("out/tuned").exists()
+
+
+def test_finetuning_refuses_what_cannot_be(base, capsys):
+    one_class = "".join(json.dumps({"text": f"to be {i}", "label": "a"}) + "\n" for i in range(30))
+    Path("one.jsonl").write_text(one_class)
+    cases = [
+        (["--task=classify", "--dataset=one.jsonl"], "one class only"),
+        (["--task=classify", "--dataset=none.jsonl"], "does not exist"),
+        (["--task=instruct", "--dataset=orders.jsonl", "--n_layer=3"], "n_layer come"),
+        (["--task=classify", "--dataset=classes.jsonl", "--batch_size=100"], "lower batch_size"),
+        (["--task=reinforce", "--dataset=orders.jsonl", "--reward=none.py"], "does not exist"),
+        (["--task=classify", "--dataset=classes.jsonl", "--freeze=*"], "nothing to train"),
+        (["--task=classify", "--dataset=tasks"], "kind=instructions"),
+    ]
+    for words, expected in cases:
+        status, _, err = run_main(finetune.main, [*TINY_TUNE, *words, "--out_dir=out/tuned"], capsys)
+        assert status == 2 and err.count("\n") == 1 and expected in err, (words, err)
+    assert not Path("out/tuned").exists()
+
+
+def test_texts_longer_than_the_block_are_cut_or_left_out_and_counted(base, capsys):
+    assert "texts are cut" in tune("classify", capsys, "--block_size=8")[1]
+    with open("orders.jsonl", "a") as file:
+        file.writelines(json.dumps({"instruction": "to " * 40 + str(i), "output": "be"}) + "\n" for i in range(9))
+    run_main(train.main, [*TINY_RUN, "--overwrite=True", "--pos=rope", "--block_size=64"], capsys)
+    status, out, _ = tune("instruct", capsys, out="longer")
+    assert status == 0 and "rows are left out" in out
 
 
 # --------------------------------------------------------------------------------------------------- published weights
