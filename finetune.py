@@ -36,6 +36,8 @@ from model import GPT, GPTConfig, autocast, choose_device, choose_dtype
 from progress import Progress, described, draw_confusion, say
 
 KINDS = {"classify": "classification", "instruct": "instructions", "reinforce": "instructions", "prefer": "preferences"}
+# settings of the model that fine-tuning may choose; the rest comes with what is tuned
+OURS = train.FREE | {"lora_rank", "lora_alpha", "lora_targets"}
 MARKERS = (bpe.SYSTEM, bpe.USER, bpe.ASSISTANT, bpe.END)
 
 
@@ -629,7 +631,7 @@ def build_model(s, records, state):
         base, tokenizer, _ = weights.load_model(s.init_from, "best", torch.float32)
         if s.template == "markers" and s.task != "classify":
             tokenizer = bpe.with_special_tokens(tokenizer, MARKERS)
-        changed = {name: getattr(s, name) for name in ("dropout", "attention", "lora_rank", "lora_alpha", "lora_targets")}
+        changed = {name: getattr(s, name) for name in OURS}
         changed["n_classes"] = len(labels_of(records)) if s.task == "classify" else None
         changed["vocab_size"] = max(base.config.vocab_size, tokenizer.vocab_size)
         torch.manual_seed(s.seed)
@@ -665,8 +667,7 @@ def freeze(model, s):
 def main(argv):
     given, _ = config.read_arguments(Settings, argv)
     given = {"init_from": Settings.init_from, **given}
-    ours = {"block_size", "dropout", "attention", "lora_rank", "lora_alpha", "lora_targets"}
-    if named := ({f.name for f in fields(GPTConfig)} - ours) & given.keys():
+    if named := ({f.name for f in fields(GPTConfig)} - OURS - {"block_size"}) & given.keys():
         raise ValueError(f"{' '.join(sorted(named))} come from the model that is tuned, {given['init_from']}: leave them out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("finetune.py runs in one process: start it with python, not torchrun")

@@ -33,7 +33,8 @@ class GPTConfig:
     n_embd: int = 768  # channels
     head_dim: int | None = None  # channels of a head, n_embd / n_head where None
     n_inner: int | None = None  # MLP channels; where None 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
-    dropout: float = 0.0  # share of activations dropped in training
+    dropout: float = 0.0  # share of embeddings and of every part's output dropped in training
+    attn_dropout: float | None = None  # share of attention weights dropped in training, `dropout` where None
     bias: bool = False  # biases in linear layers and LayerNorms
     qkv_bias: bool | None = None  # biases of the query, key and value projections, as `bias` where None
     o_bias: bool | None = None  # bias of the output projection of attention, as `bias` where None
@@ -64,8 +65,12 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_layer < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"n_layer={self.n_layer} must not be negative and dropout={self.dropout} must lie in [0, 1)")
+        self.attn_dropout = self.dropout if self.attn_dropout is None else self.attn_dropout
+        for name in ("dropout", "attn_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.n_layer < 0:
+            raise ValueError(f"n_layer={self.n_layer} must not be negative")
         names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
         if self.lora_rank is not None and (self.lora_rank < 1 or not set(self.lora_targets.split()) <= set(names)):
             found = f"lora_rank={self.lora_rank} lora_targets={self.lora_targets!r}"
@@ -103,6 +108,12 @@ def llama3(factor=None, **shape):
     return GPTConfig(vocab_size=128256, block_size=131072 if factor else 8192, **parts, **shape)
 
 
+def modern(**shape):
+    """The parts that won in RECIPE.md's measurements, for models trained from scratch."""
+    parts = dict(norm="rmsnorm", pos="rope", qk_norm=True, tie_weights=False, zero_init=True, smear=True, embed_skip=True)
+    return GPTConfig(vocab_size=50257, block_size=1024, **parts, **shape)
+
+
 # Shapes of published models: Radford et al. 2019, table 2; arXiv:2407.21783, table 3; Llama 3.2's config.json.
 PRESETS = {
     "gpt2": gpt2(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -115,6 +126,8 @@ PRESETS = {
     "llama3.1-70b": llama3(8.0, n_layer=80, n_head=64, n_embd=8192, n_inner=28672, tie_weights=False),
     "llama3.2-1b": llama3(32.0, n_layer=16, n_head=32, n_embd=2048, n_inner=8192),
     "llama3.2-3b": llama3(32.0, n_layer=28, n_head=24, n_embd=3072, n_inner=8192),
+    "modern-124m": modern(n_layer=12, n_head=6, n_embd=768),  # nobody's weights: GPT-2's shape with heads of 128 channels
+    "modern-355m": modern(n_layer=24, n_head=8, n_embd=1024),
 }
 
 
@@ -259,7 +272,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.kind, self.dropout = layer, config.attention, config.dropout
+        self.layer, self.kind, self.dropout = layer, config.attention, config.attn_dropout
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.rope, self.qk_norm = config.pos == "rope", config.qk_norm
         C, D = config.n_embd, config.head_dim

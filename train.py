@@ -96,10 +96,12 @@ class Settings(GPTConfig):
             self.checkpoint_interval = self.eval_interval
 
 
+# settings of a model that its weights do not rest on
+FREE = {"dropout", "attn_dropout", "attention", "loss_chunk"}
 # what weights and optimizer state rest on: fixed once a run began
-MEANING = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "attention", "loss_chunk")] + ["dataset", "optimizer"]
+MEANING = [f.name for f in fields(GPTConfig) if f.name not in FREE] + ["dataset", "optimizer"]
 # what may change on resumption, with a line that says so
-CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout grad_clip learning_rate muon_lr momentum
+CHANGES_RUN = """seed batch_size gradient_accumulation_steps dropout attn_dropout grad_clip learning_rate muon_lr momentum
 muon_weight_decay weight_decay beta1 beta2 decay_lr warmup_iters lr_shape cooldown lr_decay_iters min_lr dtype""".split()
 
 
