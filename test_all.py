@@ -352,6 +352,17 @@ def test_smear_decodes_rows_of_different_lengths_as_one_pass_does():
         assert together[row, 9:].tolist() == ids[len(prompt) :].tolist()
 
 
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.full((1000, 1001), 3.0, requires_grad=True)
+    layer = model_module.Dropout(0.25)
+    y = layer(x)
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.003)  # seven standard deviations
+    assert y.detach().unique().tolist() == [0.0, 4.0] and torch.equal(layer.eval()(x), x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach() / 3)
+
+
 def test_zero_init_starts_at_the_uniform_distribution():
     torch.manual_seed(0)
     shape = dict(vocab_size=61, block_size=8, n_layer=2, n_head=2, n_embd=16)

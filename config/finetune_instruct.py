@@ -1,5 +1,5 @@
 # config/finetune_instruct.py: 1,100 instructions of everyday English, the loss on the answers alone
-# expect EXPECT
+# a small model of characters learns the form of an answer, not its content
 task = "instruct"
 dataset = "instruct"
 init_from = "out/pydoc_char"

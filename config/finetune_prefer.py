@@ -1,5 +1,5 @@
 # config/finetune_prefer.py: of two answers the chosen one (DPO), from config/finetune_instruct.py's model
-# expect EXPECT
+# watch val chosen loss beside val accuracy: preferences must not make the chosen answers unlikely
 task = "prefer"
 dataset = "preferences"
 init_from = "out/finetune_instruct"

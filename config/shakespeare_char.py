@@ -27,9 +27,9 @@ learning_rate = 3e-3  # of AdamW: embedding, norms, head
 lr_shape = "linear"
 min_lr = 0.0
 warmup_iters = 50
-max_iters = 1500
-lr_decay_iters = 1500
+max_iters = 1000
+lr_decay_iters = 1000
 
-eval_interval = 1500
+eval_interval = 1000
 eval_iters = None  # the whole validation split
 log_interval = 50
