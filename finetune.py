@@ -54,6 +54,7 @@ class Settings(train.Settings):
     freeze: str = ""  # names of parameters that stay as they are, as in "tok_emb* blocks.[0-2].*"
     # classify
     balance: Literal["none", "undersample", "weights"] = "none"  # classes of equal size, or of equal weight in the loss
+    lm_weight: float = 0.0  # weight of the loss of the text itself beside that of the classes
     # instruct, prefer, reinforce
     template: str = "auto"  # markers | alpaca | llama3 | chatml; auto: markers, or alpaca where the tokenizer lacks them
     exact_match: bool | Literal["auto"] = "auto"  # score answers by equality; auto: where rows name their kind, as in tasks
@@ -208,7 +209,11 @@ class Stage(train.Run):
 
 
 class Classify(Stage):
-    """Cross-entropy of the classes, read at the last token. An example is (ids, class)."""
+    """Cross-entropy of the classes, read at the last token. An example is (ids, class).
+
+    With lm_weight the model goes on learning to predict the text, which keeps it from memorising a small training set;
+    GPT-1's auxiliary objective: Radford et al. 2018.
+    """
 
     def encode(self, rows, split):
         self.labels = labels_of(self.dataset)
@@ -236,8 +241,14 @@ class Classify(Stage):
         weights_ = self.class_weights()
         wanted = torch.tensor([label for _, label in rows], device=model.device)
         total = weights_[[label for _, label in all_rows]].sum()
-        logits = model.classify(*padded([ids for ids, _ in rows], model.device))  # (b, n_classes)
-        return F.cross_entropy(logits, wanted, weight=weights_, reduction="sum") / total
+        idx, lengths = padded([ids for ids, _ in rows], model.device)
+        hidden = model.hidden(idx)  # (b, T, C)
+        loss = F.cross_entropy(model.class_logits(hidden, lengths), wanted, weight=weights_, reduction="sum") / total
+        if self.settings.lm_weight:
+            scored = torch.arange(1, idx.shape[1], device=idx.device) < lengths[:, None]  # (b, T - 1)
+            text_loss = F.cross_entropy(model.head(hidden[:, :-1][scored]).float(), idx[:, 1:][scored])
+            loss = loss + self.settings.lm_weight * text_loss * (len(rows) / len(all_rows))
+        return loss
 
     @torch.no_grad()
     def predict(self, model, examples, context):
@@ -257,13 +268,15 @@ class Classify(Stage):
         return {"val_loss": F.cross_entropy(logits, wanted).item(), "val_accuracy": accuracy}
 
     def test(self, model, context):
-        """Accuracy, the share of the largest class, and each class's precision, recall and F1; confusion.png."""
+        """Accuracy, that of always naming the largest class, that of a bag of tokens, and each class's precision, recall
+        and F1; confusion.png."""
         logits, wanted = self.predict(model, self.examples["test"], context)
         n = len(self.labels)
         confusion = torch.bincount(wanted * n + logits.argmax(-1), minlength=n * n).view(n, n)  # (true, predicted)
         draw_confusion(confusion.tolist(), self.labels, self.folder / "confusion.png")
         right, true, predicted = confusion.diag().float(), confusion.sum(1), confusion.sum(0)
         figures = {"accuracy": (right.sum() / confusion.sum()).item(), "majority": (true.max() / confusion.sum()).item()}
+        figures["bag_of_tokens"] = bag_of_tokens(self.examples["train"], self.examples["test"], model.config.vocab_size)
         for i, label in enumerate(self.labels):
             figures[f"{label} precision"] = (right[i] / predicted[i].clamp(min=1)).item()
             figures[f"{label} recall"] = (right[i] / true[i].clamp(min=1)).item()
@@ -276,6 +289,28 @@ class Classify(Stage):
         order = sorted(range(len(chosen)), key=lambda i: self.length(chosen[i]))  # as predict has them
         named = [(rows[i][1]["text"], self.labels[p]) for i, p in zip(order, logits.argmax(-1).tolist(), strict=True)]
         return "\n".join(f"{label:12} {text[:100]!r}" for text, label in named) + "\n"
+
+
+def bag_of_tokens(train_examples, test_examples, vocab_size):
+    """Test accuracy of a logistic regression on 1 if a token occurs, else 0: what the order of the tokens adds is the rest."""
+
+    def occurrences(examples):
+        places = [(row, token) for row, (ids, _) in enumerate(examples) for token in {*ids, vocab_size}]  # the last: a bias
+        shape = (len(examples), vocab_size + 1)
+        return torch.sparse_coo_tensor(torch.tensor(places).T, torch.ones(len(places)), shape, check_invariants=True).coalesce()
+
+    wanted, given = (torch.tensor([label for _, label in examples]) for examples in (train_examples, test_examples))
+    seen, w = occurrences(train_examples), torch.zeros(vocab_size + 1, int(wanted.max()) + 1, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        total = F.cross_entropy(torch.sparse.mm(seen, w), wanted) + w.square().sum() / len(wanted)
+        total.backward()
+        return total
+
+    solver.step(loss)
+    return (torch.sparse.mm(occurrences(test_examples), w).argmax(-1) == given).float().mean().item()
 
 
 class Instruct(Stage):
@@ -425,8 +460,8 @@ class Reinforce(Instruct):
     """GRPO: of a group of answers to one prompt, those with a reward above the group's mean become more likely.
 
     The advantage of an answer is (reward - mean) / standard deviation over its group; the objective is clipped as in PPO
-    and averaged over all tokens of the step; kl_coef adds the divergence from the model at the start. Source:
-    arXiv:2402.03300; the mean over tokens: arXiv:2503.14476.
+    and averaged over the tokens of all answers in groups whose rewards differ; kl_coef adds the divergence from the model
+    at the start, over all answers. Source: arXiv:2402.03300; the mean over tokens, the choice of groups: arXiv:2503.14476.
     """
 
     def __init__(self, settings, records, model, tokenizer, state):
@@ -468,11 +503,19 @@ class Reinforce(Instruct):
         asked = [row for *_, row in rows for _ in range(K)]
         rewards = torch.tensor([self.reward_of(row, ids) for row, ids in zip(asked, answers, strict=True)]).view(-1, K)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
+        differ = rewards.amax(1) > rewards.amin(1)  # (batch_size,), which groups have a gradient at all
         ended = [ids + self.end if len(ids) < s.answer_tokens else ids for ids in answers]
-        sequences = [prompt + ids for prompt, ids in zip(prompts, ended, strict=True)]
-        is_answer = [[False] * len(prompt) + [True] * len(ids) for prompt, ids in zip(prompts, ended, strict=True)]
-        self.note(reward=rewards.mean().item(), answer_tokens=sum(map(len, ended)) / len(ended))
-        self.sampled = (sequences, is_answer, advantages.flatten(), token_logprobs(model, sequences, is_answer)[0].cpu())
+        self.note(
+            reward=rewards.mean().item(),
+            groups_that_differ=differ.float().mean().item(),
+            answer_tokens=sum(map(len, ended)) / len(ended),
+        )
+        # a group of equal rewards costs no forward pass, unless it counts for the divergence
+        kept = range(len(ended)) if s.kl_coef else differ.repeat_interleave(K).nonzero().flatten().tolist() or range(K)
+        sequences = [prompts[i] + ended[i] for i in kept]
+        is_answer = [[False] * len(prompts[i]) + [True] * len(ended[i]) for i in kept]
+        before = token_logprobs(model, sequences, is_answer)[0].cpu()
+        self.sampled = (sequences, is_answer, (advantages * differ[:, None]).flatten()[list(kept)], before)
 
     def reward_of(self, row, ids):
         answer, messages = self.tokenizer.decode(ids), messages_of(row, self.template)
@@ -564,7 +607,7 @@ def freeze(model, s):
     last = f"blocks.{len(model.blocks) - 1}."
     head = ("classifier.", "final_norm.") if s.task == "classify" else ("head.", "tok_emb.", "final_norm.")
     trained = {"all": ("",), "head": head, "last_block": (last, *head), "lora": ("classifier.",)}[s.train]
-    if s.task == "classify" and not model.config.tie_weights:
+    if s.task == "classify" and not model.config.tie_weights and not s.lm_weight:
         model.head.weight.requires_grad_(False)  # classes do not pass through it
     for name, parameter in model.named_parameters():
         if not (name.startswith(trained) or s.train == "lora" and ".lora_" in name):

@@ -285,7 +285,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.kind, self.dropout = layer, config.attention, config.attn_dropout
+        self.layer, self.kind = layer, config.attention
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.rope, self.qk_norm = config.pos == "rope", config.qk_norm
         C, D = config.n_embd, config.head_dim
@@ -294,7 +294,7 @@ class Attention(nn.Module):
         self.v_proj = make_linear(config, "v_proj", C, config.n_kv_head * D, config.qkv_bias)
         self.qkv_proj = None  # the three in one, while decoding: see decode.speed_up
         self.o_proj = make_linear(config, "o_proj", config.n_head * D, C, config.o_bias)
-        self.o_dropout = Dropout(config.dropout)
+        self.attn_dropout, self.o_dropout = Dropout(config.attn_dropout), Dropout(config.dropout)
 
     def queries_keys_values(self, x, rotation):
         """x (B, T, C) -> q (B, H, T, D) and k, v (B, Hkv, T, D), normalised and rotated where the config says so."""
@@ -316,16 +316,16 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v, positions)  # (B, Hkv, S, D)
         S = k.shape[2]
-        dropout = self.dropout if self.training else 0.0
         # a training step on two cores, explicit against SDPA: 17 and 28 ms (0.8M parameters, T 64), 149 and 178 (3.2M, T 256)
         if self.kind == "explicit" or self.kind == "auto" and x.device.type == "cpu" and T * S <= 1024 * 1024:
-            weights = F.dropout(attention_weights(q, k, mask), dropout)  # (B, H, T, S)
+            weights = self.attn_dropout(attention_weights(q, k, mask))  # (B, H, T, S)
             groups = weights.view(B, self.n_kv_head, -1, S)
             y = (groups @ v).view(B, self.n_head, T, self.head_dim)  # (B, H, T, D)
         else:
             causal = mask is not None and mask.ndim == 2 and T == S  # SDPA's own mask is right only where T equals S
             attn_mask = None if causal or mask is None else mask.to(q.dtype)
             gqa = self.n_kv_head != self.n_head
+            dropout = self.attn_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal=causal, enable_gqa=gqa)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.o_dropout(self.o_proj(y))  # (B, T, C)
@@ -490,7 +490,11 @@ class GPT(nn.Module):
 
     def classify(self, idx, lengths):
         """Class logits (B, n_classes) in float32, read at the last token of each right-padded row: idx (B, T), lengths (B,)."""
-        last = self.hidden(idx)[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
+        return self.class_logits(self.hidden(idx), lengths)
+
+    def class_logits(self, hidden, lengths):
+        """The same from the hidden states (B, T, C)."""
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # (B, C)
         return self.classifier(last).float()
 
     def merge_lora(self):
