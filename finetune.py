@@ -246,8 +246,9 @@ class Classify(Stage):
         loss = F.cross_entropy(model.class_logits(hidden, lengths), wanted, weight=weights_, reduction="sum") / total
         if self.settings.lm_weight:
             scored = torch.arange(1, idx.shape[1], device=idx.device) < lengths[:, None]  # (b, T - 1)
-            text_loss = F.cross_entropy(model.head(hidden[:, :-1][scored]).float(), idx[:, 1:][scored])
-            loss = loss + self.settings.lm_weight * text_loss * (len(rows) / len(all_rows))
+            total = max(1, sum(len(ids) - 1 for ids, _ in all_rows))
+            logits = model.head(hidden[:, :-1][scored]).float()
+            loss = loss + self.settings.lm_weight / total * F.cross_entropy(logits, idx[:, 1:][scored], reduction="sum")
         return loss
 
     @torch.no_grad()

@@ -458,8 +458,8 @@ def make_tokenizer(settings, files):
 
 
 def prepare_records(settings, source, files):
-    """The meta.json of supervised data whose {train,val,test}.jsonl are written: 80, 10 and 10%, by a hash of the text,
-    so that the same text never stands in two; what stands there twice is kept once."""
+    """The meta.json of supervised data whose {train,val,test}.jsonl are written: 80, 10 and 10%, by a hash of the text
+    where a record does not name its split. The same text never stands in two; what stands there twice is kept once."""
     folder = folder_of(settings.name)
     records = {}
     for record in itertools.chain.from_iterable(map(source.records, files)) if files else source.records():
@@ -468,7 +468,8 @@ def prepare_records(settings, source, files):
     splits = {"train": [], "val": [], "test": []}
     for text, record in records.items():
         share = hash_share(text)
-        splits["test" if share < 0.1 else "val" if share < 0.2 else "train"].append(record)
+        split = "test" if share < 0.1 else "val" if share < 0.2 else "train"
+        splits[record.pop("split", split)].append(record)
     for split, chosen in splits.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -142,16 +142,24 @@ WORDS = (
 ).split()
 
 
-def task_records(items_of_each_kind=2_500):
-    """Small instructions with checkable answers, {"kind", "instruction", "input", "output"}, in equal shares."""
-    rng = random.Random(1337)
-    for kind in TASKS:
-        seen = set()
-        while len(seen) < items_of_each_kind:
+def task_records(items_of_each_kind=2_500, more_to_train_on=25_000):
+    """Small instructions with checkable answers, {"kind", "instruction", "input", "output"}, in equal shares; then more
+    sums and differences for the training split alone, since a model needs far more examples of these."""
+    rng, seen = random.Random(1337), set()
+
+    def new_ones(kind, count):
+        made = 0
+        while made < count:
             instruction, given, answer = TASKS[kind](rng)
             if (instruction, given) not in seen:
                 seen.add((instruction, given))
+                made += 1
                 yield {"kind": kind, "instruction": instruction, "input": given, "output": answer}
+
+    for kind in TASKS:
+        yield from new_ones(kind, items_of_each_kind)
+    for kind in ("add", "subtract"):
+        yield from ({**record, "split": "train"} for record in new_ones(kind, more_to_train_on))
 
 
 def some_words(rng, least, most):
