@@ -393,6 +393,7 @@ def bench_train(argv):
     vocab_size = 50257 if s.model == "gpt2" else 65
     folder = random_tokens(vocab_size)
     ours = ["config/gpt2_124m.py", *(f"--{name}={value}" for name, value in work.items()), f"--dataset={folder}"]
+    ours += ["--mlp=gelu_exact"]  # as nanoGPT's
     ours += [f"--out_dir={SCRATCH / 'train'}", "--overwrite=True", f"--max_iters={s.steps}", "--sample_tokens=None"]
     ours += words_of(s.settings)
     if s.profile:

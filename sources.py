@@ -142,7 +142,7 @@ WORDS = (
 ).split()
 
 
-def task_records(items_of_each_kind=2_500, more_to_train_on=25_000):
+def task_records(items_of_each_kind=2_500, more_to_train_on=12_000):
     """Small instructions with checkable answers, {"kind", "instruction", "input", "output"}, in equal shares; then more
     sums and differences for the training split alone, since a model needs far more examples of these."""
     rng, seen = random.Random(1337), set()

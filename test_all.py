@@ -263,6 +263,7 @@ def test_parts_equal_their_formulas():
     torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight)
     for kind, activation in (
         ("gelu", lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))),
+        ("gelu_exact", lambda h: 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))),
         ("relu2", lambda h: h.clamp(min=0) ** 2),
     ):
         mlp = tiny_model(mlp=kind, bias=True).blocks[0].mlp
@@ -1457,6 +1458,7 @@ def scaled(factor):
 PUBLISHED_SETTINGS = {
     "gpt2": ("gpt2", {}),
     "gpt2 with an inner size and another activation": ("gpt2", dict(n_inner=80, activation_function="relu2")),
+    "gpt2 with the exact GELU": ("gpt2", dict(activation_function="gelu")),
     "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False, activation_function="gelu_pytorch_tanh")),
     "llama 4/4 untied": ("llama", {}),
     "llama 4/2 untied": ("llama", dict(num_key_value_heads=2, rms_norm_eps=1e-5)),
@@ -1608,7 +1610,7 @@ def test_settings_of_published_models_that_are_not_computed_are_refused_by_name(
         ("llama", dict(sliding_window=64), "sliding_window=64"),
         ("llama", dict(quantization_config=dict(bits=4)), "quantization_config"),
         ("llama", dict(hidden_size=None), "hidden_size"),
-        ("gpt2", dict(activation_function="gelu"), "activation_function='gelu'"),
+        ("gpt2", dict(activation_function="tanh"), "activation_function='tanh'"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     ]
     for kind, changes, named in cases:

@@ -84,7 +84,7 @@ GPT2 = Kind(
         "tie_word_embeddings": ("tie_weights", True),
     },
     supported={
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "relu2"),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu2"),
         "scale_attn_weights": (True, None),
         "scale_attn_by_inverse_layer_idx": (False, None),
         "add_cross_attention": (False, None),
@@ -221,7 +221,7 @@ def read_config(folder):
     for key, (ours, default) in kind.settings.items():
         settings[ours] = default if found.get(key) is None else found[key]
     if kind is GPT2:
-        mlp = "relu2" if found.get("activation_function") == "relu2" else "gelu"
+        mlp = {"relu2": "relu2", "gelu": "gelu_exact"}.get(found.get("activation_function"), "gelu")
         return kind, GPTConfig(**settings, bias=True, mlp=mlp, norm="layernorm", pos="learned")
     theta, scaling = read_rope(path, found)
     parts = dict(mlp="swiglu", norm="rmsnorm", pos="rope", rope_theta=theta, rope_scaling=scaling)
@@ -364,7 +364,7 @@ def published_config(config):
         asked |= {"norm": "rmsnorm", "mlp": "swiglu", "o_bias": config.qkv_bias}
     else:
         asked |= {"norm": "layernorm", "n_kv_head": config.n_head, "head_dim": config.n_embd / config.n_head}
-        asked["mlp"] = "relu2" if config.mlp == "relu2" else "gelu"
+        asked["mlp"] = "gelu" if config.mlp == "swiglu" else config.mlp
     wrong = [f"{name}={getattr(config, name)}" for name, value in asked.items() if getattr(config, name) != value]
     if kind is LLAMA and config.n_embd % config.n_head:
         wrong.append(f"n_head={config.n_head} that does not divide n_embd={config.n_embd}")
@@ -375,7 +375,7 @@ def published_config(config):
     written = {"architectures": [kind.architecture], "model_type": kind.model_type}
     written |= {theirs: getattr(config, ours) for theirs, (ours, _) in kind.settings.items()}
     if kind is GPT2:
-        written |= {"activation_function": "relu2" if config.mlp == "relu2" else "gelu_new"}
+        written |= {"activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}[config.mlp]}
         written |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     else:  # the older keys of RoPE, which every reader knows
         scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
