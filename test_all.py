@@ -1171,6 +1171,21 @@ def test_a_stage_that_was_interrupted_ends_in_the_same_bits(long_base, capsys, t
         assert torch.equal(tensor, part["model"][name]), name
 
 
+@pytest.mark.parametrize("task", ("classify", "reinforce"))
+def test_a_stage_that_is_killed_ends_in_the_same_bits(long_base, capsys, task):
+    words = ["--max_iters=40", "--eval_interval=20", "--checkpoint_interval=2", "--dropout=0.1"]
+    tune(task, capsys, *words, out="whole")
+    process = start("finetune.py", f"--task={task}", f"--dataset={TASKS[task]}.jsonl", *TINY_TUNE, *words, "--out_dir=out/part")
+    while not (line := process.stdout.readline()).startswith("step 7/"):
+        assert line, process.stderr.read()
+    process.kill()
+    process.communicate()
+    assert 6 <= checkpoint.saved_steps("out/part")[-1] < 40
+    status, _, err = run_main(finetune.main, ["--init_from=resume", "--out_dir=out/part"], capsys)
+    assert status == 0, err
+    assert_same(final_state("out/part"), final_state("out/whole"))
+
+
 def test_the_loss_of_a_batch_is_the_loss_of_each_example_alone(long_base):
     stage, model = stage_of("instruct")
     rows = stage.rows(0, 4)
