@@ -149,15 +149,21 @@ def rope_frequencies(config):
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
 
-def apply_rope(x, cos, sin):
-    """Rotate pairs of channels by the angle of their position, in float32; the result has the dtype of x.
+def rope_rotation(angles):
+    """The cosines, and the sines with the sign that apply_rope needs: angles (..., D / 2) in radians -> 2 x (..., D)."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
-    x (B, T, H, D); cos, sin (T, 1, D / 2) or (B, T, 1, D / 2) of angles in radians -> (B, T, H, D).
+
+def apply_rope(x, cos, sin):
+    """Rotate pairs of channels by the angle of their position: x (B, T, H, D) -> (B, T, H, D).
+
+    cos, sin (T, 1, D) or (B, T, 1, D) as rope_rotation gives them: x1 cos - x2 sin and x2 cos + x1 sin.
     Channel i pairs with i + D / 2, as in Hugging Face checkpoints; in Meta's, 2i pairs with 2i + 1.
     Source: RoFormer, arXiv:2104.09864.
     """
-    x1, x2 = x.float().chunk(2, dim=-1)  # (B, T, H, D / 2) each
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, D / 2) each
+    return torch.addcmul(x * cos, torch.cat([x2, x1], dim=-1), sin)
 
 
 class KVCache:
@@ -305,10 +311,11 @@ class Attention(nn.Module):
         else:
             qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
             q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
-        if self.rope:
-            q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
+        if self.qk_norm or self.rope:  # both at once, in float32: half the operations
+            qk = torch.cat([q, k], dim=2).float()  # (B, T, H + Hkv, D)
+            qk = F.rms_norm(qk, (self.head_dim,)) if self.qk_norm else qk
+            qk = apply_rope(qk, *rotation) if self.rope else qk
+            q, k = qk.to(v.dtype).split([self.n_head, self.n_kv_head], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x, positions, rotation, mask, cache=None):
@@ -454,7 +461,7 @@ class GPT(nn.Module):
             return self.dropout(x + self.pos_emb(positions)), positions, None, mask
         self.frequencies = self.frequencies.to(idx.device)
         angles = positions[..., None, None] * self.frequencies  # (T, 1, D / 2) or (B, T, 1, D / 2)
-        return self.dropout(x), positions, (angles.cos(), angles.sin()), mask
+        return self.dropout(x), positions, rope_rotation(angles), mask
 
     def with_embedding(self, x, embedded, layer):
         """What a block reads where the config has embed_skip: the stream and the embedding, each with its learned weight."""

@@ -37,7 +37,7 @@ import sample
 import sources
 import train
 import weights
-from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies
+from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies, rope_rotation
 
 HERE = Path(__file__).resolve().parent
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 40
@@ -193,12 +193,12 @@ def test_rope_equals_rotation_by_complex_numbers_and_depends_on_distance_alone()
     torch.manual_seed(0)
     x, y = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)  # (B, T, H, D)
     angles = torch.arange(7.0)[:, None, None] * rope_frequencies(GPTConfig(n_head=1, n_embd=8))  # (T, 1, D / 2)
-    rotated = apply_rope(x, angles.cos(), angles.sin())
+    rotated = apply_rope(x, *rope_rotation(angles))
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(rotated, torch.cat([turned.real, turned.imag], -1))
     later = angles + 5 * angles[1]
-    near = (rotated * apply_rope(y, angles.cos(), angles.sin())).sum(-1)
-    far = (apply_rope(x, later.cos(), later.sin()) * apply_rope(y, later.cos(), later.sin())).sum(-1)
+    near = (rotated * apply_rope(y, *rope_rotation(angles))).sum(-1)
+    far = (apply_rope(x, *rope_rotation(later)) * apply_rope(y, *rope_rotation(later))).sum(-1)
     torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)
 
 
@@ -237,7 +237,7 @@ def test_attention_equals_a_loop_over_heads_and_positions():
     model = tiny_model(n_kv_head=2, pos="rope", attention="explicit", n_layer=1)
     x, attn = torch.randn(1, 5, 32), model.blocks[0].attn
     angles = torch.arange(5.0)[:, None, None] * model.frequencies
-    q, k, v = (t[0] for t in attn.queries_keys_values(x, (angles.cos(), angles.sin())))
+    q, k, v = (t[0] for t in attn.queries_keys_values(x, rope_rotation(angles)))
     rows = []
     for t in range(5):
         heads = []
@@ -246,7 +246,7 @@ def test_attention_equals_a_loop_over_heads_and_positions():
             heads.append(sum(w * v[h // 2, s] for s, w in enumerate(scores.softmax(0))))
         rows.append(attn.o_proj(torch.cat(heads)))
     mask = model_module.causal_mask(torch.arange(5), 5)
-    actual = attn(x, torch.arange(5), (angles.cos(), angles.sin()), mask)
+    actual = attn(x, torch.arange(5), rope_rotation(angles), mask)
     torch.testing.assert_close(actual[0], torch.stack(rows), atol=1e-5, rtol=0)
 
 

@@ -10,24 +10,25 @@ n_head = 4
 n_embd = 192
 pos = "rope"
 norm = "rmsnorm"
+mlp = "gelu_exact"
 qk_norm = True
 tie_weights = False
 zero_init = True
 smear = True
 embed_skip = True
 
-# 2,048 characters a step; Muon takes rates that would ruin AdamW
+# 1,024 characters a step; Muon takes rates that would ruin AdamW
 optimizer = "muon"
 muon_weight_decay = 0.1
-batch_size = 8
+batch_size = 4
 gradient_accumulation_steps = 1
-learning_rate = 3e-3  # of AdamW: embedding, norms, head
+learning_rate = 6e-3  # of AdamW: embedding, norms, head
 lr_shape = "linear"
 min_lr = 0.0
 warmup_iters = 50
-max_iters = 1400
-lr_decay_iters = 1400
+max_iters = 2600
+lr_decay_iters = 2600
 
-eval_interval = 1400
+eval_interval = 2600
 eval_iters = None  # the whole validation split
 log_interval = 50
