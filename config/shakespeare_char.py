@@ -3,13 +3,12 @@
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char"
 
-# model: GPT-2's MLP, Llama's positions and norm, and what RECIPE.md found to pay
+# model: GPT-2's parts, Llama's positions, and what RECIPE.md found to pay
 block_size = 256  # characters
 n_layer = 4
 n_head = 4
 n_embd = 192
 pos = "rope"
-norm = "rmsnorm"
 mlp = "gelu_exact"
 qk_norm = True
 tie_weights = False
