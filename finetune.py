@@ -128,7 +128,7 @@ def token_logprobs(model, sequences, is_answer):
 
 
 @torch.no_grad()
-def give_answers(model, prompts, stop, max_new_tokens, temperature, batch_size=100):
+def give_answers(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
     """The ids that the model answers to each prompt, without the stop id; prompts of similar length go together."""
     was_training = model.training
     model.eval()
@@ -155,6 +155,8 @@ class Stage(train.Run):
     similar length, so that little is padding; the steps come in random order. What does not fill a step is left to the
     next epoch's permutation.
     """
+
+    similar_lengths = True  # within a step
 
     def __init__(self, settings, records, model, tokenizer, state):
         s = settings
@@ -192,9 +194,10 @@ class Stage(train.Run):
         """The examples of each step of an epoch: (steps, G)."""
         G, shuffle = self.G, np.random.default_rng((self.settings.seed, epoch))
         order = shuffle.permutation(len(self.lengths))[: len(self.lengths) // G * G]
-        pool = 20 * G  # sorted within, so that neither all long nor all short examples follow each other
-        parts = np.split(order, range(pool, len(order), pool))
-        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        if self.similar_lengths:
+            pool = 20 * G  # sorted within, so that neither all long nor all short examples follow each other
+            parts = np.split(order, range(pool, len(order), pool))
+            order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
         return shuffle.permutation(order.reshape(-1, G))
 
     def batches(self, examples, batch_size=None):
@@ -465,6 +468,8 @@ class Reinforce(Instruct):
     at the start, over all answers. Source: arXiv:2402.03300; the mean over tokens, the choice of groups: arXiv:2503.14476.
     """
 
+    similar_lengths = False  # prompts of one length ask for one kind of thing: a step would undo what the one before did
+
     def __init__(self, settings, records, model, tokenizer, state):
         s = settings
         if s.gradient_accumulation_steps > 1:
@@ -500,7 +505,7 @@ class Reinforce(Instruct):
         """A group of answers to the prompt of each row, with their advantages and log-probabilities."""
         s, K = self.settings, self.settings.group_size
         prompts = [self.prompt(row) for *_, row in rows for _ in range(K)]
-        answers = give_answers(model, prompts, self.stop, s.answer_tokens, temperature=1.0, batch_size=len(prompts))
+        answers = give_answers(model, prompts, self.stop, s.answer_tokens, temperature=1.0)
         asked = [row for *_, row in rows for _ in range(K)]
         rewards = torch.tensor([self.reward_of(row, ids) for row, ids in zip(asked, answers, strict=True)]).view(-1, K)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)

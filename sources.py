@@ -142,9 +142,13 @@ WORDS = (
 ).split()
 
 
-def task_records(items_of_each_kind=2_500, more_to_train_on=12_000):
-    """Small instructions with checkable answers, {"kind", "instruction", "input", "output"}, in equal shares; then more
-    sums and differences for the training split alone, since a model needs far more examples of these."""
+# more items for the training split alone: of what takes a model many more examples than the rest
+MORE_TASKS = {"add": 28_000, "subtract": 28_000, "sort": 14_000, "largest": 14_000}
+
+
+def task_records(items_of_each_kind=2_500, more=6_000):
+    """Small instructions with checkable answers, {"kind", "instruction", "input", "output"}, in equal shares; then more for
+    the training split, in unequal ones."""
     rng, seen = random.Random(1337), set()
 
     def new_ones(kind, count):
@@ -158,8 +162,8 @@ def task_records(items_of_each_kind=2_500, more_to_train_on=12_000):
 
     for kind in TASKS:
         yield from new_ones(kind, items_of_each_kind)
-    for kind in ("add", "subtract"):
-        yield from ({**record, "split": "train"} for record in new_ones(kind, more_to_train_on))
+    for kind in TASKS:
+        yield from ({**record, "split": "train"} for record in new_ones(kind, MORE_TASKS.get(kind, more)))
 
 
 def some_words(rng, least, most):
