@@ -5,12 +5,10 @@ dataset = "tasks"
 init_from = "out/finetune_tasks"
 out_dir = "out/finetune_reinforce"
 
-batch_size = 64  # prompts, each with 8 answers
+batch_size = 128  # prompts, each with 8 answers
 group_size = 8
-optimizer = "muon"
-muon_lr = 0.003
-learning_rate = 5e-4  # of the embedding, the norms and the head
+learning_rate = 1e-4
 lr_shape = "linear"
-max_iters = 120
-eval_interval = 40
+max_iters = 60
+eval_interval = 30
 log_interval = 5
