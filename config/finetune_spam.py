@@ -1,5 +1,5 @@
 # config/finetune_spam.py: spam or not, as many messages of one as of the other; the base is python train.py's
-# expect 95.3% of 257 test messages (seed 1), in 52 s on two cores of an AMD Zen 5 server
+# expect 96.9, 95.7 and 94.2% of 257 test messages (seeds 1 to 3), in a minute on two cores of an AMD Zen 5 server
 task = "classify"
 dataset = "spam"
 init_from = "out/pydoc_char"
