@@ -9,6 +9,7 @@ A stage is its rows, their loss and its evaluation; the loop, the optimizers, th
 train.py's. Every stage ends with figures on test data that it has not seen, before and after.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -271,6 +272,11 @@ class Classify(Stage):
         accuracy = (logits.argmax(-1) == wanted).float().mean().item()
         return {"val_loss": F.cross_entropy(logits, wanted).item(), "val_accuracy": accuracy}
 
+    @functools.cached_property
+    def baseline(self):
+        """The accuracy of a bag of tokens, the same before and after training."""
+        return bag_of_tokens(self.examples["train"], self.examples["test"], self.model.config.vocab_size)
+
     def test(self, model, context):
         """Accuracy, that of always naming the largest class, that of a bag of tokens, and each class's precision, recall
         and F1; confusion.png."""
@@ -280,7 +286,7 @@ class Classify(Stage):
         draw_confusion(confusion.tolist(), self.labels, self.folder / "confusion.png")
         right, true, predicted = confusion.diag().float(), confusion.sum(1), confusion.sum(0)
         figures = {"accuracy": (right.sum() / confusion.sum()).item(), "majority": (true.max() / confusion.sum()).item()}
-        figures["bag_of_tokens"] = bag_of_tokens(self.examples["train"], self.examples["test"], model.config.vocab_size)
+        figures["bag_of_tokens"] = self.baseline
         for i, label in enumerate(self.labels):
             figures[f"{label} precision"] = (right[i] / predicted[i].clamp(min=1)).item()
             figures[f"{label} recall"] = (right[i] / true[i].clamp(min=1)).item()
@@ -468,7 +474,7 @@ class Reinforce(Instruct):
     at the start, over all answers. Source: arXiv:2402.03300; the mean over tokens, the choice of groups: arXiv:2503.14476.
     """
 
-    similar_lengths = False  # prompts of one length ask for one kind of thing: a step would undo what the one before did
+    similar_lengths = False  # prompts of one length often ask for one kind of thing, and a step should hold every kind
 
     def __init__(self, settings, records, model, tokenizer, state):
         s = settings
