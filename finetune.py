@@ -152,12 +152,10 @@ def give_answers(model, prompts, stop, max_new_tokens, temperature, batch_size=1
 class Stage(train.Run):
     """What the four stages share: examples of every split, and the endless list of rows that the loop works through.
 
-    Row r is a function of the seed and r alone. An epoch is a permutation of the examples, cut into steps of examples of
-    similar length, so that little is padding; the steps come in random order. What does not fill a step is left to the
-    next epoch's permutation.
+    Row r is a function of the seed and r alone. An epoch is a permutation of the examples, cut into steps; what does not
+    fill a step is left to the next epoch's. Within a step the examples stand by length, so that its micro-steps hold little
+    padding. A step of examples of one length would hold fewer kinds of them: that learns half as fast.
     """
-
-    similar_lengths = True  # within a step
 
     def __init__(self, settings, records, model, tokenizer, state):
         s = settings
@@ -193,13 +191,9 @@ class Stage(train.Run):
 
     def steps_of(self, epoch):
         """The examples of each step of an epoch: (steps, G)."""
-        G, shuffle = self.G, np.random.default_rng((self.settings.seed, epoch))
-        order = shuffle.permutation(len(self.lengths))[: len(self.lengths) // G * G]
-        if self.similar_lengths:
-            pool = 20 * G  # sorted within, so that neither all long nor all short examples follow each other
-            parts = np.split(order, range(pool, len(order), pool))
-            order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
-        return shuffle.permutation(order.reshape(-1, G))
+        shuffle = np.random.default_rng((self.settings.seed, epoch))
+        steps = shuffle.permutation(len(self.lengths))[: len(self.lengths) // self.G * self.G].reshape(-1, self.G)
+        return np.take_along_axis(steps, self.lengths[steps].argsort(axis=1, kind="stable"), axis=1)
 
     def batches(self, examples, batch_size=None):
         """Examples in batches of similar length, for an evaluation."""
@@ -474,15 +468,13 @@ class Reinforce(Instruct):
     at the start, over all answers. Source: arXiv:2402.03300; the mean over tokens, the choice of groups: arXiv:2503.14476.
     """
 
-    similar_lengths = False  # prompts of one length often ask for one kind of thing, and a step should hold every kind
-
     def __init__(self, settings, records, model, tokenizer, state):
         s = settings
         if s.gradient_accumulation_steps > 1:
             found = f"gradient_accumulation_steps={s.gradient_accumulation_steps}"
             raise ValueError(f"{found} but the answers of a step are drawn at once: set it to 1 and lower batch_size")
         self.reward = read_reward(s.reward)
-        self.sampled = state["sampled"] if state else None  # (sequences, is_answer, advantages, log-probabilities when drawn)
+        self.sampled = state["sampled"] if state else None  # what draw returned, and the log-probabilities then
         self.start = None
         if s.kl_coef:
             self.start = GPT(model.config).to(model.device)
@@ -508,26 +500,31 @@ class Reinforce(Instruct):
 
     @torch.no_grad()
     def draw(self, model, rows):
-        """A group of answers to the prompt of each row, with their advantages and log-probabilities."""
+        """A group of answers to the prompt of each row: the distinct ones of the groups whose rewards differ, or of all
+        groups where all count for the divergence, with their advantages and how often each was given."""
         s, K = self.settings, self.settings.group_size
-        prompts = [self.prompt(row) for *_, row in rows for _ in range(K)]
-        answers = give_answers(model, prompts, self.stop, s.answer_tokens, temperature=1.0)
-        asked = [row for *_, row in rows for _ in range(K)]
-        rewards = torch.tensor([self.reward_of(row, ids) for row, ids in zip(asked, answers, strict=True)]).view(-1, K)
-        advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
+        prompts = [self.prompt(row) for *_, row in rows]
+        answers = give_answers(model, [ids for ids in prompts for _ in range(K)], self.stop, s.answer_tokens, temperature=1.0)
+        pairs = [(i // K, *ids) for i, ids in enumerate(answers)]  # the prompt's place, then the answer
+        counts = Counter(pairs)
+        reward = {pair: self.reward_of(rows[pair[0]][-1], pair[1:]) for pair in counts}
+        rewards = torch.tensor([reward[pair] for pair in pairs]).view(-1, K)
         differ = rewards.amax(1) > rewards.amin(1)  # (batch_size,), which groups have a gradient at all
-        ended = [ids + self.end if len(ids) < s.answer_tokens else ids for ids in answers]
         self.note(
             reward=rewards.mean().item(),
             groups_that_differ=differ.float().mean().item(),
-            answer_tokens=sum(map(len, ended)) / len(ended),
+            answer_tokens=sum(map(len, answers)) / len(answers),
         )
-        # a group of equal rewards costs no forward pass, unless it counts for the divergence
-        kept = range(len(ended)) if s.kl_coef else differ.repeat_interleave(K).nonzero().flatten().tolist() or range(K)
-        sequences = [prompts[i] + ended[i] for i in kept]
-        is_answer = [[False] * len(prompts[i]) + [True] * len(ended[i]) for i in kept]
-        before = token_logprobs(model, sequences, is_answer)[0].cpu()
-        self.sampled = (sequences, is_answer, (advantages * differ[:, None]).flatten()[list(kept)], before)
+        advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
+        advantages = dict(zip(pairs, (advantages * differ[:, None]).flatten().tolist(), strict=True))
+        kept = [pair for pair in counts if s.kl_coef or differ[pair[0]]] or list(counts)
+        ended = [[*pair[1:], *(self.end if len(pair) <= s.answer_tokens else ())] for pair in kept]
+        return {
+            "sequences": [prompts[pair[0]] + ids for pair, ids in zip(kept, ended, strict=True)],
+            "is_answer": [[False] * len(prompts[pair[0]]) + [True] * len(ids) for pair, ids in zip(kept, ended, strict=True)],
+            "advantages": torch.tensor([advantages[pair] for pair in kept]),
+            "counts": torch.tensor([counts[pair] for pair in kept]),
+        }
 
     def reward_of(self, row, ids):
         answer, messages = self.tokenizer.decode(ids), messages_of(row, self.template)
@@ -537,14 +534,16 @@ class Reinforce(Instruct):
 
     def loss(self, model, rows, all_rows):
         if self.step % self.settings.updates_per_sample == 0:
-            self.draw(model, rows)
-        sequences, is_answer, advantages, before = self.sampled
-        logprobs, scored = token_logprobs(model, sequences, is_answer)  # (B, T - 1)
+            self.sampled = self.draw(model, rows)
+        drawn = self.sampled
+        logprobs, scored = token_logprobs(model, drawn["sequences"], drawn["is_answer"])  # (B, T - 1)
+        before = drawn.setdefault("before", logprobs.detach()).to(model.device)
         start = None
         if self.start:
             with torch.no_grad():
-                start = token_logprobs(self.start, sequences, is_answer)[0]
-        return grpo_loss(logprobs, before.to(model.device), advantages.to(model.device), scored, self.settings, start)
+                start = token_logprobs(self.start, drawn["sequences"], drawn["is_answer"])[0]
+        weight = scored * drawn["counts"].to(model.device)[:, None]
+        return grpo_loss(logprobs, before, drawn["advantages"].to(model.device), weight, self.settings, start)
 
     def evaluate(self, model, context, rank=0, world_size=1):
         """val_loss is the negative mean reward of greedy answers: lower is better, as everywhere."""
@@ -554,15 +553,15 @@ class Reinforce(Instruct):
         return {"val_loss": -sum(rewards) / len(rewards), "val_reward": sum(rewards) / len(rewards)}
 
 
-def grpo_loss(logprobs, before, advantages, scored, settings, start=None):
-    """The clipped objective, negative, averaged over the scored tokens: logprobs now, when the answers were drawn and at the
-    start, and scored, (B, T) each; advantages (B,)."""
+def grpo_loss(logprobs, before, advantages, weight, settings, start=None):
+    """The clipped objective, negative, averaged over the answers' tokens: logprobs now, when the answers were drawn and at
+    the start, and how often each token was drawn, weight, 0 for the prompts' and padding, (B, T) each; advantages (B,)."""
     s, A = settings, advantages[:, None]
     ratio = (logprobs - before).exp()
     objective = torch.minimum(ratio * A, ratio.clamp(1 - s.clip, 1 + s.clip) * A)
     if start is not None:
         objective = objective - s.kl_coef * ((start - logprobs).exp() - (start - logprobs) - 1)
-    return -(objective * scored).sum() / scored.sum().clamp(min=1)
+    return -(objective * weight).sum() / weight.sum().clamp(min=1)
 
 
 def read_reward(path):

@@ -183,11 +183,11 @@ class KVCache:
         self.length = 0  # positions of the longest row
         self.lengths = None  # (B,) where rows differ or the cache is static; None where all have `length`
 
-    def set_rows(self, lengths, static=False):
-        """Declare how much of each right-padded row is real: lengths (B,), in positions. One row becomes B equal ones."""
-        if any(len(store) < len(lengths) for store in self.k):
-            self.k, self.v = ([s.repeat(len(lengths), 1, 1, 1) for s in stores] for stores in (self.k, self.v))
-            self.ids = self.ids.repeat(len(lengths), 1)
+    def set_rows(self, lengths, source, static=False):
+        """Row b becomes what row source[b] is, of which lengths[b] positions are real and the rest padding: (B,) each."""
+        if len(self.ids) < len(lengths):  # rows of the prefill were equal
+            self.k, self.v = ([store[source] for store in stores] for stores in (self.k, self.v))
+            self.ids = self.ids[source]
         self.length, self.static = int(lengths.max()), static
         self.lengths = lengths.clone() if static or bool((lengths != self.length).any()) else None
 
@@ -529,10 +529,12 @@ class GPT(nn.Module):
         return torch.stack(maps)
 
     def new_cache(self, batch_size, max_len):
-        """An empty KVCache for batch_size rows of at most max_len positions, in the dtype of the weights."""
+        """An empty KVCache for batch_size rows of at most max_len positions, in the dtype of the weights, or autocast's."""
         if max_len > self.config.block_size:
             raise ValueError(f"max_len={max_len} must be at most block_size={self.config.block_size}: shorten the text")
-        return KVCache(self.config, batch_size, max_len, self.device, self.dtype)
+        autocasts = torch.is_autocast_enabled(self.device.type)
+        dtype = torch.get_autocast_dtype(self.device.type) if autocasts else self.dtype
+        return KVCache(self.config, batch_size, max_len, self.device, dtype)
 
     def decode(self, ids, cache):
         """One more token of every row: ids (B,) -> logits (B, V) in float32."""
@@ -558,8 +560,8 @@ class GPT(nn.Module):
 
         idx (B, T); lengths (B,): how much of each right-padded row is real, all of it where None. A finished row repeats
         its stop id. With logprobs, yields (ids, log-probabilities (B, V)) of the model itself, before temperature, penalty
-        and filters. Past block_size the last half of each row is kept and prefilled again. Equal rows share one prefill.
-        Filters: see `sample`. compiled_decode: torch.compile(model.decode), used for all but the prefill.
+        and filters. Past block_size the last half of each row is kept and prefilled again. A row that equals the one before
+        shares its prefill. Filters: see `sample`. compiled_decode: torch.compile(model.decode), for all but the prefill.
         """
         B, T = idx.shape
         block_size, device = self.config.block_size, idx.device
@@ -581,15 +583,17 @@ class GPT(nn.Module):
                 longest = int(keep.max())
                 places = (lengths - keep)[:, None] + columns[:longest]  # (B, longest)
                 window = text.gather(1, places.clamp(max=T + max_new_tokens - 1))
-                if bool((window == window[:1]).all() and (keep == longest).all()):
-                    window = window[:1]
+                distinct, source = torch.unique_consecutive(
+                    torch.cat([keep[:, None], window], dim=1), dim=0, return_inverse=True
+                )  # rows that equal the one before share its prefill: (b, 1 + longest), (B,)
+                ends, window = distinct[:, 0] - 1, distinct[:, 1:]
                 max_len = min(block_size, longest + max_new_tokens - step)
                 if compiled_decode is not None:  # few different lengths, since each is compiled anew
                     max_len = min(block_size, 128 * math.ceil(max_len / 128))
                 cache = self.new_cache(len(window), max_len)
-                x = self.hidden(window, cache)[rows[: len(window)], keep[: len(window)] - 1]  # (B, C), or (1, C)
-                cache.set_rows(keep, static=compiled_decode is not None)
-                logits = self.head(x).float().expand(B, -1)  # (B, V)
+                x = self.hidden(window, cache)[rows[: len(window)], ends]  # (b, C)
+                cache.set_rows(keep, source, static=compiled_decode is not None)
+                logits = self.head(x).float()[source]  # (B, V)
             else:
                 logits = (compiled_decode or self.decode)(last_ids, cache)
             penalised = logits if seen is None else penalise(logits, seen, repetition_penalty)

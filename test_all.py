@@ -480,6 +480,11 @@ def test_equal_prompts_share_one_prefill_and_differ_only_by_chance():
     together = model.generate(idx, 8, temperature=0)
     assert rows_prefilled == [1] + [3] * 7
     assert (together == model.generate(idx[:1], 8, temperature=0)).all()
+    groups, lengths = torch.randint(61, (3, 5)).repeat_interleave(4, 0), torch.tensor([5, 3, 4]).repeat_interleave(4)
+    rows_prefilled.clear()
+    together = model.generate(groups, 20, temperature=0, lengths=lengths)  # past the block of 16 too
+    assert rows_prefilled[:2] == [3, 12]
+    assert torch.equal(together[::4, 5:], model.generate(groups[::4], 20, temperature=0, lengths=lengths[::4])[:, 5:])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -1298,6 +1303,41 @@ def test_grpo_on_two_arms_has_the_gradient_of_the_closed_form():
     finetune.grpo_loss(logprobs, logprobs.detach(), advantages, scored, settings).backward()
     slopes = torch.where(arms == 1, 1 - p, -p)
     assert w.grad.item() == pytest.approx(-(advantages * slopes).mean().item(), abs=1e-6)
+
+
+def test_a_step_holds_rows_by_length_and_an_epoch_each_row_once(long_base):
+    stage, _ = stage_of("instruct", "--batch_size=2", "--gradient_accumulation_steps=3")
+    steps = stage.steps_of(0)
+    lengths = stage.lengths[steps]
+    assert (np.diff(lengths, axis=1) >= 0).all() and len(np.unique(steps)) == steps.size
+    assert steps.shape == (len(stage.lengths) // 6, 6)
+    assert lengths[0, 0] < lengths[0, -1]  # and not all of one length
+    assert not np.array_equal(steps, stage.steps_of(1))
+
+
+def test_answers_drawn_twice_count_twice(long_base):
+    """The distinct answers with their counts have the loss and the gradient of all answers, one by one."""
+    stage, model = stage_of("reinforce", "--batch_size=6", "--group_size=16", "--answer_tokens=2")
+    stage.reward = lambda prompt, answer: float(answer.startswith(("a", "b", "c", "d", "e")))
+    torch.manual_seed(0)
+    drawn = stage.draw(model, stage.rows(0, 6))
+    counts = drawn["counts"]
+    assert counts.max() > 1 and counts.sum() % 16 == 0 and len({tuple(ids) for ids in drawn["sequences"]}) == len(counts)
+    torch.testing.assert_close((drawn["advantages"] * counts).sum(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    stage.draw = lambda model, rows: drawn
+    loss = stage.loss(model, None, None)
+    total, tokens, names = 0, 0, ("sequences", "is_answer", "advantages", "counts")
+    for ids, is_answer, advantage, count in zip(*(drawn[name] for name in names), strict=True):
+        for _ in range(count):
+            logprobs, scored = finetune.token_logprobs(model, [ids], [is_answer])
+            total = total + ((logprobs - logprobs.detach()).exp() * advantage * scored).sum()
+            tokens += scored.sum()
+    torch.testing.assert_close(loss, -total / tokens, atol=1e-5, rtol=0)
+    of_counts, of_each = (
+        torch.autograd.grad(x, [model.tok_emb.weight], retain_graph=True)[0] for x in (loss, -total / tokens)
+    )
+    torch.testing.assert_close(of_counts, of_each, atol=1e-5, rtol=1e-3)
+    assert of_each.abs().max() > 1e-4
 
 
 def test_grpo_clips_and_counts_divergence():
