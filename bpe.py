@@ -676,6 +676,15 @@ def template_for(tokenizer):
     return next((name for marker, name in TEMPLATE_OF_MARKER.items() if marker in tokenizer.special_tokens), "alpaca")
 
 
+def encode_for_class(tokenizer, text, longest):
+    """(ids, cut): a text whose class is read at its last token, which is therefore always the one that ends a text, where
+    the tokenizer has such; and whether the text was cut, so that both fit into `longest`."""
+    ids = tokenizer.encode(text)
+    end = [tokenizer.special_tokens[name] for name in ENDS if name in tokenizer.special_tokens][:1]
+    room = longest - len(end)
+    return ids[:room] + end, len(ids) > room
+
+
 def stop_ids(tokenizer):
     """The ids that end a text or an answer, as a sorted list."""
     special = tokenizer.special_tokens

@@ -207,7 +207,7 @@ class Stage(train.Run):
 
 
 class Classify(Stage):
-    """Cross-entropy of the classes, read at the last token. An example is (ids, class).
+    """Cross-entropy of the classes, read at the last token, the end of the text. An example is (ids, class).
 
     With lm_weight the model goes on learning to predict the text, which keeps it from memorising a small training set;
     GPT-1's auxiliary objective: Radford et al. 2018.
@@ -220,9 +220,9 @@ class Classify(Stage):
             if row["label"] not in self.labels:
                 found = f"{where}: label={row['label']!r}"
                 raise ValueError(f"{found} does not occur in the training rows, {' '.join(self.labels)} do: correct it")
-            ids = self.tokenizer.encode(row["text"])
-            cut += len(ids) > self.longest
-            examples.append((ids[: self.longest], self.labels.index(row["label"])))
+            ids, is_cut = bpe.encode_for_class(self.tokenizer, row["text"], self.longest)
+            examples.append((ids, self.labels.index(row["label"])))
+            cut += is_cut
         if cut:
             say(f"{cut} of {len(rows)} {split} texts are cut to the block_size={self.longest}")
         return examples

@@ -201,9 +201,9 @@ def print_classes(settings, model, tokenizer, state):
     """Print the classes of a text, the likeliest first, each with its probability."""
     if not model.config.n_classes or not state:
         raise ValueError(f"{settings.out_dir or settings.init_from} has no classification head: finetune.py --task=classify")
-    ids = tokenizer.encode(settings.classify)[: model.config.block_size]
-    if not ids:
+    if not settings.classify.strip():
         raise ValueError("classify='' has no token: give a text")
+    ids, _ = bpe.encode_for_class(tokenizer, settings.classify, model.config.block_size)
     with torch.no_grad():
         idx = torch.tensor([ids], device=model.device)
         probs = model.classify(idx, torch.tensor([len(ids)], device=model.device))[0].softmax(-1).tolist()

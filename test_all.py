@@ -1429,6 +1429,17 @@ def test_classes_are_named_with_probabilities(long_base, capsys):
     assert Path("out/tuned/confusion.png").stat().st_size > 1000
 
 
+def test_a_class_is_read_at_the_end_of_the_text(long_base):
+    tokenizer = bpe.CharTokenizer.train(TEXT)
+    end = tokenizer.special_tokens[bpe.END_OF_TEXT]
+    assert bpe.encode_for_class(tokenizer, "to be", 6) == (tokenizer.encode("to be") + [end], False)
+    assert bpe.encode_for_class(tokenizer, "to be", 5) == (tokenizer.encode("to b") + [end], True)
+    without = bpe.CharTokenizer.train(TEXT, special_tokens=(bpe.UNKNOWN,))
+    assert bpe.encode_for_class(without, "to be", 5) == (without.encode("to be"), False)
+    stage, _ = stage_of("classify")
+    assert all(ids[-1] == stage.tokenizer.special_tokens[bpe.END_OF_TEXT] for ids, _ in stage.examples["train"])
+
+
 def test_splits_share_no_text_and_change_with_the_seed(long_base):
     Path("classes.jsonl").write_text(Path("classes.jsonl").read_text() * 2)
 

@@ -5,7 +5,8 @@ dataset = "instruct"
 init_from = "out/pydoc_char"
 out_dir = "out/finetune_instruct"
 
-batch_size = 16
+batch_size = 4
+gradient_accumulation_steps = 4
 optimizer = "muon"
 muon_lr = 0.01
 learning_rate = 1e-3

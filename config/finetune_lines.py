@@ -5,7 +5,8 @@ dataset = "lines"
 init_from = "out/pydoc_char"
 out_dir = "out/finetune_lines"
 
-batch_size = 64
+batch_size = 16
+gradient_accumulation_steps = 4
 optimizer = "muon"
 muon_lr = 0.005
 learning_rate = 1e-3  # of the embedding, the norms and the head

@@ -5,7 +5,8 @@ dataset = "preferences"
 init_from = "out/finetune_instruct"
 out_dir = "out/finetune_prefer"
 
-batch_size = 8
+batch_size = 4
+gradient_accumulation_steps = 2
 learning_rate = 5e-5
 max_iters = 200
 eval_interval = 50

@@ -5,11 +5,12 @@ dataset = "tasks"
 init_from = "out/pydoc_char"
 out_dir = "out/finetune_tasks"
 
-batch_size = 32
+batch_size = 16
+gradient_accumulation_steps = 2
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 5e-3  # of the embedding, the norms and the head
 lr_shape = "linear"
-max_iters = 4000
-eval_interval = 1000
+max_iters = 3400
+eval_interval = 850
 log_interval = 50
