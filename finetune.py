@@ -55,6 +55,7 @@ class Settings(train.Settings):
     freeze: str = ""  # names of parameters that stay as they are, as in "tok_emb* blocks.[0-2].*"
     # classify
     balance: Literal["none", "undersample", "weights"] = "none"  # classes of equal size, or of equal weight in the loss
+    prefix_weight: float = 0.0  # weight of the loss of the class read at every token beside that at the last
     lm_weight: float = 0.0  # weight of the loss of the text itself beside that of the classes
     # instruct, prefer, reinforce
     template: str = "auto"  # markers | alpaca | llama3 | chatml; auto: markers, or alpaca where the tokenizer lacks them
@@ -209,8 +210,9 @@ class Stage(train.Run):
 class Classify(Stage):
     """Cross-entropy of the classes, read at the last token, the end of the text. An example is (ids, class).
 
-    With lm_weight the model goes on learning to predict the text, which keeps it from memorising a small training set;
-    GPT-1's auxiliary objective: Radford et al. 2018.
+    Two further losses keep the model from memorising a small training set. With prefix_weight every beginning of a text is
+    to be classified too (target replication: arXiv:1511.03677). With lm_weight the model goes on learning to
+    predict the text (GPT-1's auxiliary objective: Radford et al. 2018). Each is a mean over the tokens of all texts.
     """
 
     def encode(self, rows, split):
@@ -236,17 +238,21 @@ class Classify(Stage):
         return torch.tensor([1 / counts[i] if balanced else 1.0 for i in range(len(self.labels))], device=self.device)
 
     def loss(self, model, rows, all_rows):
-        weights_ = self.class_weights()
+        s, weights_ = self.settings, self.class_weights()
         wanted = torch.tensor([label for _, label in rows], device=model.device)
         total = weights_[[label for _, label in all_rows]].sum()
         idx, lengths = padded([ids for ids, _ in rows], model.device)
         hidden = model.hidden(idx)  # (b, T, C)
         loss = F.cross_entropy(model.class_logits(hidden, lengths), wanted, weight=weights_, reduction="sum") / total
-        if self.settings.lm_weight:
-            scored = torch.arange(1, idx.shape[1], device=idx.device) < lengths[:, None]  # (b, T - 1)
+        real = torch.arange(idx.shape[1], device=idx.device) < lengths[:, None]  # (b, T)
+        if s.prefix_weight:
+            total = sum(weights_[label] * len(ids) for ids, label in all_rows)
+            logits, of_each = model.classifier(hidden[real]).float(), wanted.repeat_interleave(lengths)
+            loss = loss + s.prefix_weight / total * F.cross_entropy(logits, of_each, weight=weights_, reduction="sum")
+        if s.lm_weight:
             total = max(1, sum(len(ids) - 1 for ids, _ in all_rows))
-            logits = model.head(hidden[:, :-1][scored]).float()
-            loss = loss + self.settings.lm_weight / total * F.cross_entropy(logits, idx[:, 1:][scored], reduction="sum")
+            logits, following = model.head(hidden[:, :-1][real[:, 1:]]).float(), idx[:, 1:][real[:, 1:]]
+            loss = loss + s.lm_weight / total * F.cross_entropy(logits, following, reduction="sum")
         return loss
 
     @torch.no_grad()

@@ -1273,6 +1273,24 @@ def test_dpo_is_the_published_formula(long_base):
     torch.testing.assert_close(stage.loss(model, rows, rows), sum(losses) / 4, atol=1e-5, rtol=0)
 
 
+def test_the_prefix_loss_of_a_classifier_is_that_of_each_prefix_alone(long_base):
+    stage, model = stage_of("classify", "--prefix_weight=0.7", "--balance=weights")
+    rows, weights_ = stage.rows(0, 4), stage.class_weights()
+    weights_[1] *= 3
+    stage.class_weights = lambda: weights_
+
+    def loss_of(ids, label):
+        logits = model.classify(torch.tensor([ids]), torch.tensor([len(ids)]))
+        return F.cross_entropy(logits, torch.tensor([label])) * weights_[label]
+
+    whole = sum(loss_of(*row) for row in rows) / sum(weights_[label] for _, label in rows)
+    prefixes = sum(loss_of(ids[:n], label) for ids, label in rows for n in range(1, len(ids) + 1))
+    wanted = whole + 0.7 * prefixes / sum(weights_[label] * len(ids) for ids, label in rows)
+    torch.testing.assert_close(stage.loss(model, rows, rows), wanted, atol=1e-5, rtol=0)
+    parts = [stage.loss(model, part, rows) for part in (rows[:3], rows[3:])]  # two micro-steps
+    torch.testing.assert_close(sum(parts), wanted, atol=1e-5, rtol=0)
+
+
 def test_the_text_loss_of_a_classifier_is_that_of_each_text_alone(long_base):
     stage, model = stage_of("classify", "--lm_weight=0.7")
     rows = stage.rows(0, 4)

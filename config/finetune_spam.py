@@ -14,6 +14,7 @@ optimizer = "muon"
 muon_lr = 0.005
 learning_rate = 1e-3
 dropout = 0.1
+prefix_weight = 1.0
 lm_weight = 1.0  # a thousand messages are few, so the model goes on learning to predict them
 max_iters = 300
 eval_interval = 100
