@@ -511,9 +511,9 @@ class Reinforce(Instruct):
         s, K = self.settings, self.settings.group_size
         prompts = [self.prompt(row) for *_, row in rows]
         answers = give_answers(model, [ids for ids in prompts for _ in range(K)], self.stop, s.answer_tokens, temperature=1.0)
-        pairs = [(i // K, *ids) for i, ids in enumerate(answers)]  # the prompt's place, then the answer
+        pairs = [(i // K, tuple(ids)) for i, ids in enumerate(answers)]  # a prompt's place, and an answer to it
         counts = Counter(pairs)
-        reward = {pair: self.reward_of(rows[pair[0]][-1], pair[1:]) for pair in counts}
+        reward = {(i, ids): self.reward_of(rows[i][-1], ids) for i, ids in counts}
         rewards = torch.tensor([reward[pair] for pair in pairs]).view(-1, K)
         differ = rewards.amax(1) > rewards.amin(1)  # (batch_size,), which groups have a gradient at all
         self.note(
@@ -523,11 +523,12 @@ class Reinforce(Instruct):
         )
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
         advantages = dict(zip(pairs, (advantages * differ[:, None]).flatten().tolist(), strict=True))
-        kept = [pair for pair in counts if s.kl_coef or differ[pair[0]]] or list(counts)
-        ended = [[*pair[1:], *(self.end if len(pair) <= s.answer_tokens else ())] for pair in kept]
+        kept = [(i, ids) for i, ids in counts if s.kl_coef or differ[i]] or list(counts)
+        asked = [prompts[i] for i, _ in kept]
+        ended = [[*ids, *(self.end if len(ids) < s.answer_tokens else ())] for _, ids in kept]
         return {
-            "sequences": [prompts[pair[0]] + ids for pair, ids in zip(kept, ended, strict=True)],
-            "is_answer": [[False] * len(prompts[pair[0]]) + [True] * len(ids) for pair, ids in zip(kept, ended, strict=True)],
+            "sequences": [prompt + ids for prompt, ids in zip(asked, ended, strict=True)],
+            "is_answer": [[False] * len(prompt) + [True] * len(ids) for prompt, ids in zip(asked, ended, strict=True)],
             "advantages": torch.tensor([advantages[pair] for pair in kept]),
             "counts": torch.tensor([counts[pair] for pair in kept]),
         }

@@ -1,5 +1,5 @@
 # config/finetune_instruct.py: 1,100 instructions of everyday English, the loss on the answers alone
-# expect the loss of held-out answers to go from 2.84 to 1.36 in a minute: the form of an answer, not its content
+# expect the loss of held-out answers to go from 2.84 to 1.33 in 40 s: the form of an answer, not its content
 task = "instruct"
 dataset = "instruct"
 init_from = "out/pydoc_char"
