@@ -472,6 +472,9 @@ class Reinforce(Instruct):
     The advantage of an answer is (reward - mean) / standard deviation over its group; the objective is clipped as in PPO
     and averaged over the tokens of all answers in groups whose rewards differ; kl_coef adds the divergence from the model
     at the start, over all answers. Source: arXiv:2402.03300; the mean over tokens, the choice of groups: arXiv:2503.14476.
+
+    Prompts are drawn at random. Where rows name their kind, a kind is drawn as often as its groups differ, since what always
+    succeeds or always fails teaches nothing.
     """
 
     def __init__(self, settings, records, model, tokenizer, state):
@@ -486,16 +489,23 @@ class Reinforce(Instruct):
             self.start = GPT(model.config).to(model.device)
             self.start.load_state_dict(state["start"] if state else model.state_dict())
         super().__init__(s, records, model, tokenizer, state)
+        self.by_kind = {}
+        for example in self.examples["train"]:
+            self.by_kind.setdefault(example[2].get("kind"), []).append(example)
+        self.differing = state["differing"] if state else dict.fromkeys(self.by_kind, 0.5)  # share of a kind's groups
         said = bpe.encode_chat(tokenizer, [{"role": "assistant", "content": ""}], self.template)[0]
         self.end = [token for token in said if token in self.stop][:1]  # what ends an answer
 
     def further_state(self):
-        return {"sampled": self.sampled, "start": self.start and self.start.state_dict()}
+        start = self.start and self.start.state_dict()
+        return {"sampled": self.sampled, "start": start, "differing": dict(self.differing)}
 
     def rows(self, first, count):
-        """The same rows for updates_per_sample steps."""
-        step = first // self.G
-        return super().rows(step // self.settings.updates_per_sample * self.G, count)
+        """The prompts to draw answers to, a function of the seed, the step and `differing`."""
+        kinds, chance = list(self.by_kind.values()), np.array([0.05 + self.differing[kind] for kind in self.by_kind])
+        shuffle = np.random.default_rng((self.settings.seed, first // self.G))
+        chosen = shuffle.choice(len(kinds), self.G, p=chance / chance.sum())
+        return [kinds[i][shuffle.integers(len(kinds[i]))] for i in chosen]
 
     def encode(self, rows, split):
         examples = super().encode(rows, split)
@@ -521,6 +531,9 @@ class Reinforce(Instruct):
             groups_that_differ=differ.float().mean().item(),
             answer_tokens=sum(map(len, answers)) / len(answers),
         )
+        for kind, share in self.differing.items():  # a running mean over some 32 groups
+            of_kind = [d for d, (*_, row) in zip(differ.tolist(), rows, strict=True) if row.get("kind") == kind]
+            self.differing[kind] = (32 * share + sum(of_kind)) / (32 + len(of_kind))
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-6)
         advantages = dict(zip(pairs, (advantages * differ[:, None]).flatten().tolist(), strict=True))
         kept = [(i, ids) for i, ids in counts if s.kl_coef or differ[i]] or list(counts)

@@ -7,9 +7,11 @@ out_dir = "out/finetune_reinforce"
 
 batch_size = 128  # prompts, each with 8 answers
 group_size = 8
-learning_rate = 1e-4
+optimizer = "muon"
+muon_lr = 0.003
+learning_rate = 3e-4  # of the embedding, the norms and the head
 lr_shape = "linear"
-max_iters = 100
-eval_interval = 50
+max_iters = 160
+eval_interval = 80
 eval_answers = 1000
 log_interval = 5
