@@ -1,5 +1,5 @@
 # config/finetune_reinforce.py: the answers of config/finetune_tasks.py's model, the right ones reinforced (GRPO)
-# expect 91.2% of the test tasks after 89.8%, in 3.7 minutes on two cores of an AMD Zen 5 server
+# expect 95.6% of 500 test tasks after 95.2%, in 3.4 minutes on two cores of an AMD Zen 5 server
 task = "reinforce"
 dataset = "tasks"
 init_from = "out/finetune_tasks"
