@@ -89,6 +89,9 @@ class Settings(train.Settings):
         for name in ("test_items", "answer_tokens", "eval_answers", "group_size", "updates_per_sample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("prefix_weight", "lm_weight", "dpo_beta", "clip", "kl_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if (self.val_share or 0) + (self.test_share or 0) >= 1:
             raise ValueError(f"val_share={self.val_share} and test_share={self.test_share} leave nothing to train on")
 
@@ -243,7 +246,9 @@ class Classify(Stage):
         total = weights_[[label for _, label in all_rows]].sum()
         idx, lengths = padded([ids for ids, _ in rows], model.device)
         hidden = model.hidden(idx)  # (b, T, C)
-        loss = F.cross_entropy(model.class_logits(hidden, lengths), wanted, weight=weights_, reduction="sum") / total
+        logits = model.class_logits(hidden, lengths)
+        self.note(accuracy=(logits.argmax(-1) == wanted).float().mean().item())
+        loss = F.cross_entropy(logits, wanted, weight=weights_, reduction="sum") / total
         real = torch.arange(idx.shape[1], device=idx.device) < lengths[:, None]  # (b, T)
         if s.prefix_weight:
             total = sum(weights_[label] * len(ids) for ids, label in all_rows)

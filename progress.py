@@ -116,20 +116,22 @@ def sample_text(model, tokenizer, settings):
 
 
 def draw_losses(lines, path):
-    """loss.png: training and validation loss over the tokens seen or, where a run has them, the rewards over its steps."""
+    """loss.png: training and validation loss over the tokens seen or, where a run has such, rewards or accuracy by step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rewards = any("reward" in line for line in lines)
-    names, x = (("reward", "val_reward"), "step") if rewards else (("loss", "val_loss"), "tokens")
+    key, x, title = "loss", "tokens", "loss (nats per token)"
+    for shown in ("accuracy", "reward"):
+        if any(shown in line for line in lines):
+            key, x, title = shown, "step", f"mean {shown}"
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for key, label, style in zip(names, ("training", "validation"), ("-", "o-"), strict=True):
-        points = [(line[x], line[key]) for line in lines if key in line]
+    for name, label, style in ((key, "training", "-"), (f"val_{key}", "validation", "o-")):
+        points = [(line[x], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=f"{label} {points[-1][1]:.3f}", linewidth=1, markersize=3)
-    axes.set(xlabel=x, ylabel="mean reward" if rewards else "loss (nats per token)")
+    axes.set(xlabel=x, ylabel=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

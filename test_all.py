@@ -1510,6 +1510,7 @@ def test_finetuning_refuses_what_cannot_be(base, capsys):
         (["--task=reinforce", "--dataset=orders.jsonl", "--reward=none.py"], "does not exist"),
         (["--task=classify", "--dataset=classes.jsonl", "--freeze=*"], "nothing to train"),
         (["--task=classify", "--dataset=tasks"], "kind=instructions"),
+        (["--task=classify", "--dataset=classes.jsonl", "--prefix_weight=-1"], "prefix_weight=-1.0 must not be negative"),
     ]
     for words, expected in cases:
         status, _, err = run_main(finetune.main, [*TINY_TUNE, *words, "--out_dir=out/tuned"], capsys)
