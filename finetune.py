@@ -2,7 +2,7 @@
 
     classify   a head on the last token names a class: spam or not, Python or English
     instruct   answers to instructions: the loss is on the answer alone
-    prefer     of two answers the chosen one becomes more likely than the rejected one (DPO)
+    prefer     of two answers the chosen one gains likelihood over the rejected one (DPO)
     reinforce  the model's own answers, those with a high reward become more likely (GRPO)
 
 A stage is its rows, their loss and its evaluation; the loop, the optimizers, the checkpoints and the exact resumption are
@@ -48,17 +48,17 @@ class Settings(train.Settings):
     dataset: str = "tasks"  # a name under data/, or a .csv, .tsv, .jsonl or .json file, which is split by the seed
     out_dir: str = "out/finetune"  # the next free name is taken if it holds a run
     val_share: float | None = None  # of the rows; with test_share: all rows are pooled and split anew by the seed
-    test_share: float | None = None  # of the rows; None: as prepared, or a tenth each where the dataset is a file
+    test_share: float | None = None  # of the rows; None: as prepared, or a tenth where the other is given or for a file
     test_items: int = 500  # test rows that are answered or compared, before and after
     # what is trained
-    train: Literal["all", "last_block", "head", "lora"] = "all"  # head: the head and the last norm; last_block: these too
+    train: Literal["all", "last_block", "head", "lora"] = "all"  # head: with the last norm and, but for classify, the embedding
     freeze: str = ""  # names of parameters that stay as they are, as in "tok_emb* blocks.[0-2].*"
     # classify
     balance: Literal["none", "undersample", "weights"] = "none"  # classes of equal size, or of equal weight in the loss
     prefix_weight: float = 0.0  # weight of the loss of the class read at every token beside that at the last
     lm_weight: float = 0.0  # weight of the loss of the text itself beside that of the classes
     # instruct, prefer, reinforce
-    template: str = "auto"  # markers | alpaca | llama3 | chatml; auto: markers, or alpaca where the tokenizer lacks them
+    template: str = "auto"  # markers | alpaca | llama3 | chatml; auto: what the tokenizer has markers of, else alpaca
     exact_match: bool | Literal["auto"] = "auto"  # score answers by equality; auto: where rows name their kind, as in tasks
     answer_tokens: int = 64  # longest answer that the model may give
     eval_answers: int = 200  # validation rows that are answered at an evaluation
@@ -83,6 +83,10 @@ class Settings(train.Settings):
     weight_decay: float = 0.0  # of matrices and embeddings
 
     def __post_init__(self):
+        if self.lora_rank and self.train != "lora":
+            raise ValueError(f"lora_rank={self.lora_rank} needs train=lora, found train={self.train}: add --train=lora")
+        if self.balance != "none" and self.task != "classify":
+            raise ValueError(f"balance={self.balance} but task={self.task} has no classes: leave balance out")
         self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         self.lora_rank = (self.lora_rank or 8) if self.train == "lora" else None
         super().__post_init__()
@@ -158,7 +162,10 @@ class Stage(train.Run):
 
     Row r is a function of the seed and r alone. An epoch is a permutation of the examples, cut into steps; what does not
     fill a step is left to the next epoch's. Within a step the examples stand by length, so that its micro-steps hold little
-    padding. A step of examples of one length would hold fewer kinds of them: that learns half as fast.
+    padding: a step of one length would hold few kinds of examples, and learn half as fast.
+
+    A stage's loss(model, rows, all_rows) is that of the rows of a micro-step, divided by what all_rows, those of the whole
+    step, hold, so that the micro-steps' losses add up to the step's.
     """
 
     def __init__(self, settings, records, model, tokenizer, state):
@@ -410,7 +417,6 @@ class Prefer(Instruct):
     def __init__(self, settings, records, model, tokenizer, state):
         self.reference = state["reference"] if state else {}
         super().__init__(settings, records, model, tokenizer, state)
-        self.exact = False
 
     def encode(self, rows, split):
         examples = []
@@ -494,6 +500,7 @@ class Reinforce(Instruct):
             self.start = GPT(model.config).to(model.device)
             self.start.load_state_dict(state["start"] if state else model.state_dict())
         super().__init__(s, records, model, tokenizer, state)
+        self.tokens_per_step *= s.group_size  # as if every answer were as long as the row's
         self.by_kind = {}
         for example in self.examples["train"]:
             self.by_kind.setdefault(example[2].get("kind"), []).append(example)
@@ -506,7 +513,8 @@ class Reinforce(Instruct):
         return {"sampled": self.sampled, "start": start, "differing": dict(self.differing)}
 
     def rows(self, first, count):
-        """The prompts to draw answers to, a function of the seed, the step and `differing`."""
+        """The prompts to draw answers to, a function of the seed, the step and `differing`; unused while old answers last."""
+        # a little is added, so that a kind that once had no group that differs is still looked at
         kinds, chance = list(self.by_kind.values()), np.array([0.05 + self.differing[kind] for kind in self.by_kind])
         shuffle = np.random.default_rng((self.settings.seed, first // self.G))
         chosen = shuffle.choice(len(kinds), self.G, p=chance / chance.sum())

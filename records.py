@@ -16,7 +16,7 @@ KINDS = {"classify": "classification", "instruct": "instructions", "reinforce": 
 
 @dataclass
 class Records:
-    """Rows of supervised data in three splits, `train`, `val` and `test`, and the sha256 of them all."""
+    """Rows of supervised data in three splits, `train`, `val` and `test`, and the sha256 of their fields."""
 
     splits: dict
     sha256: str
@@ -25,25 +25,26 @@ class Records:
 
 def read_records(s):
     """The Records of a dataset or file, split as the settings ask for. Raises ValueError naming the bad line."""
-    path, shares = Path(s.dataset), (s.val_share, s.test_share)
+    path, anew = Path(s.dataset), (s.val_share, s.test_share) != (None, None)
     if path.suffix in (".csv", ".tsv", ".jsonl", ".json"):
         if not path.is_file():
             raise ValueError(f"dataset={s.dataset} does not exist: name a file, or a dataset under data/")
-        splits = {"train": list(sources.read_table(path)), "val": [], "test": []}
-        shares = [0.1 if share is None else share for share in shares]
+        splits, anew = {"train": list(sources.read_table(path)), "val": [], "test": []}, True
     else:
         splits = read_prepared(s)
     for where, row in (row for rows in splits.values() for row in rows):
         check_row(where, row, s.task)
     shuffle = random.Random(s.seed)
-    if shares != (None, None):
-        splits = split_anew([row for rows in splits.values() for row in rows], shares[0] or 0, shares[1] or 0, s, shuffle)
+    if anew:
+        shares = (0.1 if share is None else share for share in (s.val_share, s.test_share))
+        splits = split_anew([row for rows in splits.values() for row in rows], *shares, s, shuffle)
     elif s.balance == "undersample":
         splits = {split: undersample(rows, shuffle) for split, rows in splits.items()}
     for split in ("train", "val"):
         if not splits[split]:
             raise ValueError(f"dataset={s.dataset} leaves no row for {split}: add rows, or change val_share and test_share")
-    return Records(splits, hashlib.sha256(json.dumps(splits).encode()).hexdigest())
+    fields = {split: [row for _, row in rows] for split, rows in splits.items()}
+    return Records(splits, hashlib.sha256(json.dumps(fields).encode()).hexdigest())
 
 
 def read_prepared(s):

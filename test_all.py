@@ -1511,6 +1511,8 @@ def test_finetuning_refuses_what_cannot_be(base, capsys):
         (["--task=classify", "--dataset=classes.jsonl", "--freeze=*"], "nothing to train"),
         (["--task=classify", "--dataset=tasks"], "kind=instructions"),
         (["--task=classify", "--dataset=classes.jsonl", "--prefix_weight=-1"], "prefix_weight=-1.0 must not be negative"),
+        (["--task=instruct", "--dataset=orders.jsonl", "--balance=undersample"], "leave balance out"),
+        (["--task=instruct", "--dataset=orders.jsonl", "--lora_rank=2"], "add --train=lora"),
     ]
     for words, expected in cases:
         status, _, err = run_main(finetune.main, [*TINY_TUNE, *words, "--out_dir=out/tuned"], capsys)
