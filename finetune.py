@@ -9,8 +9,10 @@ A stage is its rows, their loss and its evaluation; the loop, the optimizers, th
 train.py's. Every stage ends with figures on test data that it has not seen, before and after.
 """
 
+import contextlib
 import functools
 import json
+import math
 import os
 import runpy
 import sys
@@ -93,14 +95,14 @@ class Settings(train.Settings):
         for name in ("test_items", "answer_tokens", "eval_answers", "group_size", "updates_per_sample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("prefix_weight", "lm_weight", "dpo_beta", "clip", "kl_coef"):
-            if getattr(self, name) < 0:
+        for name in ("prefix_weight", "lm_weight", "dpo_beta", "clip", "kl_coef", "val_share", "test_share"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if (self.val_share or 0) + (self.test_share or 0) >= 1:
             raise ValueError(f"val_share={self.val_share} and test_share={self.test_share} leave nothing to train on")
 
 
-MEANING = [*train.MEANING, "task", "train", "template", "val_share", "test_share", "balance"]
+MEANING = [*train.MEANING, "task", "train", "template", "val_share", "test_share", "balance", "kl_coef"]
 
 
 def messages_of(row, template):
@@ -138,7 +140,7 @@ def token_logprobs(model, sequences, is_answer):
 
 @torch.no_grad()
 def give_answers(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
-    """The ids that the model answers to each prompt, without the stop id; prompts of similar length go together."""
+    """The ids that the model answers to each prompt, the stop id last where it gave one; prompts of similar length together."""
     was_training = model.training
     model.eval()
     answers = [None] * len(prompts)
@@ -149,7 +151,7 @@ def give_answers(model, prompts, stop, max_new_tokens, temperature, batch_size=1
         new = model.generate(idx, max_new_tokens, temperature=temperature, stop=stop, lengths=lengths)[:, idx.shape[1] :]
         for i, ids in zip(chosen, new.tolist(), strict=True):
             ends = [place for place, token in enumerate(ids) if token in stop]
-            answers[i] = ids[: ends[0]] if ends else ids
+            answers[i] = ids[: ends[0] + 1] if ends else ids
     model.train(was_training)
     return answers
 
@@ -176,6 +178,9 @@ class Stage(train.Run):
         self.stop = bpe.stop_ids(tokenizer)
         self.longest = min(s.block_size, model.config.block_size)
         self.examples = {split: self.encode(rows, split) for split, rows in records.splits.items()}
+        for split in ("train", "val"):
+            if not self.examples[split]:
+                raise ValueError(f"no {split} row is left: raise block_size={s.block_size}, lower answer_tokens, or add rows")
         self.lengths = np.array([self.length(example) for example in self.examples["train"]])
         self.G = s.batch_size * s.gradient_accumulation_steps
         if len(self.lengths) < self.G:
@@ -375,7 +380,11 @@ class Instruct(Stage):
     def answers(self, model, rows):
         """The model's greedy answers, as text."""
         ids = give_answers(model, [self.prompt(row) for row in rows], self.stop, self.settings.answer_tokens, temperature=0)
-        return [self.tokenizer.decode(answer) for answer in ids]
+        return [self.text_of(answer) for answer in ids]
+
+    def text_of(self, answer):
+        """The text of an answer's ids, without the one that ends it."""
+        return self.tokenizer.decode([token for token in answer if token not in self.stop])
 
     def right_answers(self, model, examples):
         """Whether each greedy answer is the row's, surrounding space aside."""
@@ -497,7 +506,7 @@ class Reinforce(Instruct):
         self.sampled = state["sampled"] if state else None  # what draw returned, and the log-probabilities then
         self.start = None
         if s.kl_coef:
-            self.start = GPT(model.config).to(model.device)
+            self.start = GPT(model.config).to(model.device).eval()
             self.start.load_state_dict(state["start"] if state else model.state_dict())
         super().__init__(s, records, model, tokenizer, state)
         self.tokens_per_step *= s.group_size  # as if every answer were as long as the row's
@@ -505,8 +514,6 @@ class Reinforce(Instruct):
         for example in self.examples["train"]:
             self.by_kind.setdefault(example[2].get("kind"), []).append(example)
         self.differing = state["differing"] if state else dict.fromkeys(self.by_kind, 0.5)  # share of a kind's groups
-        said = bpe.encode_chat(tokenizer, [{"role": "assistant", "content": ""}], self.template)[0]
-        self.end = [token for token in said if token in self.stop][:1]  # what ends an answer
 
     def further_state(self):
         start = self.start and self.start.state_dict()
@@ -536,7 +543,7 @@ class Reinforce(Instruct):
         answers = give_answers(model, [ids for ids in prompts for _ in range(K)], self.stop, s.answer_tokens, temperature=1.0)
         pairs = [(i // K, tuple(ids)) for i, ids in enumerate(answers)]  # a prompt's place, and an answer to it
         counts = Counter(pairs)
-        reward = {(i, ids): self.reward_of(rows[i][-1], ids) for i, ids in counts}
+        reward = {(i, ids): self.reward_of(rows[i][-1], self.text_of(ids)) for i, ids in counts}
         rewards = torch.tensor([reward[pair] for pair in pairs]).view(-1, K)
         differ = rewards.amax(1) > rewards.amin(1)  # (batch_size,), which groups have a gradient at all
         self.note(
@@ -551,19 +558,23 @@ class Reinforce(Instruct):
         advantages = dict(zip(pairs, (advantages * differ[:, None]).flatten().tolist(), strict=True))
         kept = [(i, ids) for i, ids in counts if s.kl_coef or differ[i]] or list(counts)
         asked = [prompts[i] for i, _ in kept]
-        ended = [[*ids, *(self.end if len(ids) < s.answer_tokens else ())] for _, ids in kept]
         return {
-            "sequences": [prompt + ids for prompt, ids in zip(asked, ended, strict=True)],
-            "is_answer": [[False] * len(prompt) + [True] * len(ids) for prompt, ids in zip(asked, ended, strict=True)],
+            "sequences": [[*prompt, *ids] for prompt, (_, ids) in zip(asked, kept, strict=True)],
+            "is_answer": [[False] * len(prompt) + [True] * len(ids) for prompt, (_, ids) in zip(asked, kept, strict=True)],
             "advantages": torch.tensor([advantages[pair] for pair in kept]),
             "counts": torch.tensor([counts[pair] for pair in kept]),
         }
 
-    def reward_of(self, row, ids):
-        answer, messages = self.tokenizer.decode(ids), messages_of(row, self.template)
+    def reward_of(self, row, answer):
+        messages = messages_of(row, self.template)
         if self.reward is None:
             return float(answer.strip() == messages[-1]["content"].strip())
-        return float(self.reward(messages[-2]["content"], answer))
+        value = self.reward(messages[-2]["content"], answer)
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(float(value)):
+                return float(value)
+        found = f"reward={self.settings.reward} gave {value!r} for the answer {answer!r}"
+        raise ValueError(f"{found}: it must return a finite number")
 
     def loss(self, model, rows, all_rows):
         if self.step % self.settings.updates_per_sample == 0:
@@ -582,7 +593,7 @@ class Reinforce(Instruct):
         """val_loss is the negative mean reward of greedy answers: lower is better, as everywhere."""
         rows = [row for *_, row in spread(self.examples["val"], self.settings.eval_answers)]
         answers = self.answers(model, rows)
-        rewards = [self.reward_of(row, self.tokenizer.encode(answer)) for row, answer in zip(rows, answers, strict=True)]
+        rewards = [self.reward_of(row, answer) for row, answer in zip(rows, answers, strict=True)]
         return {"val_loss": -sum(rewards) / len(rewards), "val_reward": sum(rewards) / len(rewards)}
 
 

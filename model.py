@@ -570,9 +570,9 @@ class GPT(nn.Module):
         rows, columns = torch.arange(B, device=device), torch.arange(T + max_new_tokens, device=device)
         seen = None
         if repetition_penalty != 1.0:
-            padding = torch.zeros_like(text).masked_fill(columns >= lengths[:, None], self.config.vocab_size)
-            seen = torch.zeros(B, self.config.vocab_size + 1, dtype=torch.bool, device=device)
-            seen = seen.scatter(1, text + padding * (padding > 0), True)[:, :-1]  # (B, V)
+            V, real = self.config.vocab_size, columns < lengths[:, None]
+            seen = torch.zeros(B, V + 1, dtype=torch.bool, device=device)
+            seen = seen.scatter(1, text.masked_fill(~real, V), True)[:, :-1]  # (B, V)
         stops = torch.tensor(sorted(stop), device=device, dtype=torch.int64)
         finished = torch.zeros(B, dtype=torch.bool, device=device)
         cache, last_ids, longest = None, None, int(lengths.max())  # longest: positions of the longest row

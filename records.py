@@ -61,6 +61,8 @@ def read_prepared(s):
 
 def check_row(where, row, task):
     """ValueError, naming the place, for a row that lacks what the task needs."""
+    if not isinstance(row.get("kind", ""), str):
+        raise ValueError(f"{where}: kind={row['kind']!r} must be a text: correct it, or leave it out")
     if task == "classify":
         sources.check_keys(where, row, ("text", "label"))
     elif task == "prefer":
@@ -71,6 +73,8 @@ def check_row(where, row, task):
         messages = row["messages"]
         if not messages or messages[-1].get("role") != "assistant" or not str(messages[-1].get("content", "")).strip():
             raise ValueError(f"{where}: messages must end with what the assistant says: add it, or remove the row")
+        if len(messages) < 2 or not all(isinstance(message.get("content"), str) for message in messages):
+            raise ValueError(f"{where}: messages must be texts, of the user and then the assistant: correct it")
 
 
 def split_anew(rows, val_share, test_share, s, shuffle):

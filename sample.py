@@ -203,7 +203,8 @@ def print_classes(settings, model, tokenizer, state):
         raise ValueError(f"{settings.out_dir or settings.init_from} has no classification head: finetune.py --task=classify")
     if not settings.classify.strip():
         raise ValueError("classify='' has no token: give a text")
-    ids, _ = bpe.encode_for_class(tokenizer, settings.classify, model.config.block_size)
+    longest = min(state["settings"]["block_size"], model.config.block_size)  # as in training
+    ids, _ = bpe.encode_for_class(tokenizer, settings.classify, longest)
     with torch.no_grad():
         idx = torch.tensor([ids], device=model.device)
         probs = model.classify(idx, torch.tensor([len(ids)], device=model.device))[0].softmax(-1).tolist()
@@ -259,8 +260,11 @@ def chat(settings, model, tokenizer, ends, compiled_decode):
             if path.exists():
                 print(f"{path} is there already: /save ANOTHER_NAME")
             else:
-                path.write_text(json.dumps(messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                print(f"saved to {path}")
+                try:
+                    path.write_text(json.dumps(messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                    print(f"saved to {path}")
+                except OSError as error:
+                    print(f"not saved: {error}")
         elif command.startswith("/"):
             print(HELP)
         elif line:

@@ -1379,6 +1379,27 @@ def test_equal_rewards_change_nothing(long_base, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("value", ("float('nan')", "None", "'good'"))
+def test_a_reward_that_is_no_number_is_refused(long_base, capsys, value):
+    Path("odd.py").write_text(f"def reward(prompt, answer):\n    return {value}\n")
+    status, _, err = tune("reinforce", capsys, "--reward=odd.py")
+    assert status == 2 and "must return a finite number" in err
+
+
+def test_answers_keep_the_token_that_ends_them(long_base):
+    stage, model = stage_of("reinforce", "--batch_size=6", "--group_size=16", "--answer_tokens=4")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.head.weight[stage.stop] *= 0  # as likely as the mean, so that some answers end and others do not
+    answers = finetune.give_answers(model, [stage.prompt(row) for *_, row in stage.examples["train"]], stage.stop, 4, 1.0)
+    ended = [ids[-1] in stage.stop for ids in answers]
+    assert any(ended) and not all(ended)
+    assert all(len(ids) == 4 for ids, end in zip(answers, ended, strict=True) if not end)
+    assert not any(token in stage.stop for ids in answers for token in ids[:-1])
+    of_text = {"to": [*stage.tokenizer.encode("to"), stage.stop[0]]}
+    assert all(stage.text_of(ids) == text for text, ids in of_text.items())
+
+
 def test_lora_starts_as_the_base_and_leaves_it_unchanged(long_base, capsys):
     stage, model = stage_of("instruct", "--train=lora", "--lora_rank=3", "--lora_alpha=7")
     start = weights.load_model("out/small")[0].eval()
@@ -1444,6 +1465,9 @@ def test_classes_are_named_with_probabilities(long_base, capsys):
     assert {line.split()[0] for line in out.splitlines()} == {"a", "b"} and sum(shares) == pytest.approx(100, abs=0.11)
     status, _, err = run_main(sample.main, ["--out_dir=out/small", "--classify=to be"], capsys)
     assert status == 2 and "--task=classify" in err
+    tune("classify", capsys, "--block_size=8", out="short")  # cut as in training
+    texts = (f"--classify={text}" for text in ("to be or", "to be or not to be"))
+    assert len({run_main(sample.main, ["--out_dir=out/short", text], capsys)[1] for text in texts}) == 1
     assert Path("out/tuned/confusion.png").stat().st_size > 1000
 
 
