@@ -247,13 +247,15 @@ class Classify(Stage):
     def further_state(self):
         return {"labels": self.labels}
 
+    @functools.cached_property
     def class_weights(self):
+        """What a row of each class weighs in the loss: (n_classes,)."""
         counts = Counter(label for _, label in self.examples["train"])
         balanced = self.settings.balance == "weights"
         return torch.tensor([1 / counts[i] if balanced else 1.0 for i in range(len(self.labels))], device=self.device)
 
     def loss(self, model, rows, all_rows):
-        s, weights_ = self.settings, self.class_weights()
+        s, weights_ = self.settings, self.class_weights
         wanted = torch.tensor([label for _, label in rows], device=model.device)
         total = weights_[[label for _, label in all_rows]].sum()
         idx, lengths = padded([ids for ids, _ in rows], model.device)

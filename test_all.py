@@ -1275,9 +1275,8 @@ def test_dpo_is_the_published_formula(long_base):
 
 def test_the_prefix_loss_of_a_classifier_is_that_of_each_prefix_alone(long_base):
     stage, model = stage_of("classify", "--prefix_weight=0.7", "--balance=weights")
-    rows, weights_ = stage.rows(0, 4), stage.class_weights()
+    rows, weights_ = stage.rows(0, 4), stage.class_weights
     weights_[1] *= 3
-    stage.class_weights = lambda: weights_
 
     def loss_of(ids, label):
         logits = model.classify(torch.tensor([ids]), torch.tensor([len(ids)]))
