@@ -1,5 +1,5 @@
 # config/pydoc_char.py: the documentation that every Python carries, one token per character, 1.8M parameters
-# expect val loss 1.32 (100 batches) in 75 s on two cores of an AMD Zen 5 server: python train.py
+# expect val loss 1.32 (100 batches; CPython 3.11.7's text) in 75 s on two cores of an AMD Zen 5 server: python train.py
 dataset = "pydoc"
 out_dir = "out/pydoc_char"
 
