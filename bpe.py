@@ -37,7 +37,12 @@ from tqdm import tqdm
 
 # Special tokens: in the vocabulary, but never made from ordinary text. END_OF_TEXT stands between documents.
 PAD, UNKNOWN, END_OF_TEXT = "<|pad|>", "<|unk|>", "<|endoftext|>"
-SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"  # the turns of a chat
+SYSTEM, USER, ASSISTANT, END = (
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)  # the turns of a chat
 SPECIAL_TOKENS = (PAD, UNKNOWN, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 BPE_SPECIAL_TOKENS = (PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)  # bytes leave nothing unknown
 
@@ -77,11 +82,15 @@ def texts_of(texts):
 def read_text(path):
     """The text of a file, line ends as they are. Raises ValueError with the byte offset where it is not UTF-8."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file that is there: give the path of a UTF-8 text")
+        raise FileNotFoundError(
+            f"{path} is not a file that is there: give the path of a UTF-8 text"
+        )
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+        raise ValueError(
+            f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8"
+        ) from error
 
 
 def pieces_of(text, size):
@@ -125,7 +134,9 @@ def map_in_processes(work, items, processes, initializer=None, initargs=()):
             initializer(*initargs)
         yield from map(work, items)
         return
-    start_method = "fork" if sys.platform == "linux" else "spawn"  # forking takes 10 ms, not the 100 of a new start
+    start_method = (
+        "fork" if sys.platform == "linux" else "spawn"
+    )  # forking takes 10 ms, not the 100 of a new start
     context = multiprocessing.get_context(start_method)
     with ProcessPoolExecutor(processes, context, start_worker, (initializer, initargs)) as pool:
         pending = deque()
@@ -164,13 +175,17 @@ class Tokenizer:
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
         if unknown := set(allowed) - self.special_tokens.keys():
             known = sorted(self.special_tokens)
-            raise ValueError(f"allowed_special={sorted(unknown)} must be special tokens of this tokenizer: {known}")
+            raise ValueError(
+                f"allowed_special={sorted(unknown)} must be special tokens of this tokenizer: {known}"
+            )
         if not allowed:
             return self.encode_ordinary(text)
         longest_first = sorted(allowed, key=len, reverse=True)
         parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
         ids = []
-        for i, part in enumerate(parts):  # texts at even places, the specials between them at odd ones
+        for i, part in enumerate(
+            parts
+        ):  # texts at even places, the specials between them at odd ones
             ids += [self.special_tokens[part]] if i % 2 else self.encode_ordinary(part)
         return ids
 
@@ -189,7 +204,11 @@ class Tokenizer:
             found = f"ids from {min(ids)} to {max(ids)} but vocab_size={self.vocab_size}"
             raise ValueError(f"{found}: decode with the tokenizer that made them")
         joined = [self.tokens[i] for i in ids]
-        return b"".join(joined) if isinstance(self.tokens[0], bytes) else "".join(joined).encode("utf-8")
+        return (
+            b"".join(joined)
+            if isinstance(self.tokens[0], bytes)
+            else "".join(joined).encode("utf-8")
+        )
 
     def unknown_characters(self, text):
         """The parts of text that encode to UNKNOWN, each once, in order: none for BPE, which has every byte."""
@@ -198,7 +217,9 @@ class Tokenizer:
     def save(self, path):
         """Write the tokenizer as JSON."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 class CharTokenizer(Tokenizer):
@@ -225,7 +246,11 @@ class CharTokenizer(Tokenizer):
         return [character for character in dict.fromkeys(text) if character not in self.ids]
 
     def to_dict(self):
-        return {"type": "char", "characters": self.characters, "special_tokens": list(self.special_tokens)}
+        return {
+            "type": "char",
+            "characters": self.characters,
+            "special_tokens": list(self.special_tokens),
+        }
 
     @classmethod
     def from_dict(cls, saved):
@@ -253,7 +278,10 @@ class WordTokenizer(Tokenizer):
         for text in texts_of(texts):
             counts.update(cls.PATTERN.findall(text))
         words = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(words if vocab_size is None else words[: vocab_size - len(special_tokens)], special_tokens)
+        return cls(
+            words if vocab_size is None else words[: vocab_size - len(special_tokens)],
+            special_tokens,
+        )
 
     def encode_ordinary(self, text):
         unknown = self.special_tokens[UNKNOWN]
@@ -275,9 +303,16 @@ def printable_bytes():
 
     Printable ones stand for themselves, the others for the characters from 256 on; so a space is written as Ġ.
     """
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    visible = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in visible]
-    return {**{byte: chr(byte) for byte in visible}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+    return {
+        **{byte: chr(byte) for byte in visible},
+        **{byte: chr(256 + i) for i, byte in enumerate(others)},
+    }
 
 
 class BPETokenizer(Tokenizer):
@@ -295,8 +330,14 @@ class BPETokenizer(Tokenizer):
         names = {i: name.encode("utf-8") for name, i in special_tokens.items()}
         size = len(tokens) + len(names)
         if missing := {bytes([byte]) for byte in range(256)} - set(tokens):
-            raise ValueError(f"bytes={sorted(missing)} have no token: a byte-level tokenizer needs all 256")
-        if len(set(tokens)) < len(tokens) or len(names) < len(special_tokens) or max(names, default=0) >= size:
+            raise ValueError(
+                f"bytes={sorted(missing)} have no token: a byte-level tokenizer needs all 256"
+            )
+        if (
+            len(set(tokens)) < len(tokens)
+            or len(names) < len(special_tokens)
+            or max(names, default=0) >= size
+        ):
             found = f"tokens={len(tokens)}, special_tokens={special_tokens}"
             raise ValueError(f"{found} must have the ids 0 to {size - 1} once each: renumber them")
         ordinary = iter(tokens)
@@ -310,26 +351,42 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(
-        cls, texts, vocab_size, pattern="gpt2", special_tokens=BPE_SPECIAL_TOKENS, processes=None, progress=False
+        cls,
+        texts,
+        vocab_size,
+        pattern="gpt2",
+        special_tokens=BPE_SPECIAL_TOKENS,
+        processes=None,
+        progress=False,
+        on_merge=None,
     ):
-        """Learn vocab_size tokens, 256 bytes and special_tokens included, or fewer where no pair of neighbours is left.
+        """Learn vocab_size tokens, 256 bytes and special_tokens included; fewer where no pair is left.
 
-        The most frequent pair of neighbours is merged first; of equally frequent ones, the pair of the lower ids. So
-        the result does not depend on the number of processes (None: one per core where the text is long).
+        The most frequent pair of neighbours is merged first, of equally frequent ones that of the lower
+        ids. So the result does not depend on the number of processes (None: one per core where the text
+        is long). progress shows a bar; on_merge: see learn_tokens.
         """
         learned = vocab_size - len(special_tokens)
         if learned < 256:
             needed = 256 + len(special_tokens)
-            raise ValueError(f"vocab_size={vocab_size} must be at least {needed}, the bytes and specials: take more")
+            raise ValueError(
+                f"vocab_size={vocab_size} must be at least {needed}, the bytes and specials: take more"
+            )
         counts = count_pretokens(texts, pattern, processes)
         if not counts:
-            raise ValueError("the text to train a tokenizer on is empty: give files with text in them")
-        tokens = learn_tokens(counts, learned, progress)
-        return cls(tokens, {name: len(tokens) + i for i, name in enumerate(special_tokens)}, pattern)
+            raise ValueError(
+                "the text to train a tokenizer on is empty: give files with text in them"
+            )
+        tokens = learn_tokens(counts, learned, progress, on_merge)
+        return cls(
+            tokens, {name: len(tokens) + i for i, name in enumerate(special_tokens)}, pattern
+        )
 
     def encode_ordinary(self, text):
         if len(text) > LONGEST_PIECE:
-            return list(chain.from_iterable(map(self.encode_ordinary, pieces_of(text, LONGEST_PIECE // 2))))
+            return list(
+                chain.from_iterable(map(self.encode_ordinary, pieces_of(text, LONGEST_PIECE // 2)))
+            )
         if self.fast:
             return self.to_tiktoken().encode_ordinary(text)
         if len(self.cache) > CACHED_PRETOKENS:
@@ -344,9 +401,16 @@ class BPETokenizer(Tokenizer):
         ranks = self.ranks
         if pretoken in ranks:
             return [ranks[pretoken]]
-        parts = [pretoken[i : i + 1] for i in range(len(pretoken))]  # b"" once it is merged into an earlier one
-        before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))  # the living neighbours
-        candidates = [(ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks]
+        parts = [
+            pretoken[i : i + 1] for i in range(len(pretoken))
+        ]  # b"" once it is merged into an earlier one
+        before, after = (
+            list(range(-1, len(parts) - 1)),
+            list(range(1, len(parts) + 1)),
+        )  # the living neighbours
+        candidates = [
+            (ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks
+        ]
         heapify(candidates)
         while candidates:
             rank, i = heappop(candidates)
@@ -369,7 +433,9 @@ class BPETokenizer(Tokenizer):
         parts = [pretoken[i : i + 1] for i in range(len(pretoken))]
         yield parts
         ranks = self.ranks
-        while pairs := [(ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks]:
+        while pairs := [
+            (ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks
+        ]:
             i = min(pairs)[1]
             parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
             yield parts
@@ -381,7 +447,10 @@ class BPETokenizer(Tokenizer):
 
             pattern = PATTERNS[self.pattern][0] if self.pattern in PATTERNS else self.pattern
             self.tiktoken = tiktoken.Encoding(
-                "glassgpt", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+                "glassgpt",
+                pat_str=pattern,
+                mergeable_ranks=self.ranks,
+                special_tokens=self.special_tokens,
             )
         return self.tiktoken
 
@@ -407,11 +476,20 @@ class BPETokenizer(Tokenizer):
 
     def to_dict(self):
         tokens = " ".join(self.written_tokens())
-        return {"type": "bpe", "pattern": self.pattern, "tokens": tokens, "special_tokens": self.special_tokens}
+        return {
+            "type": "bpe",
+            "pattern": self.pattern,
+            "tokens": tokens,
+            "special_tokens": self.special_tokens,
+        }
 
     @classmethod
     def from_dict(cls, saved):
-        return cls(list(map(read_token, saved["tokens"].split(" "))), saved["special_tokens"], saved["pattern"])
+        return cls(
+            list(map(read_token, saved["tokens"].split(" "))),
+            saved["special_tokens"],
+            saved["pattern"],
+        )
 
     def to_huggingface(self):
         """The content of a tokenizer.json for the package tokenizers.
@@ -423,15 +501,35 @@ class BPETokenizer(Tokenizer):
         merges = []
         for token in self.ranks:
             splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-            merges += [[written[a], written[b]] for a, b in splits if a in self.ranks and b in self.ranks]
+            merges += [
+                [written[a], written[b]] for a, b in splits if a in self.ranks and b in self.ranks
+            ]
         pattern = PATTERNS[self.pattern][0] if self.pattern in PATTERNS else self.pattern
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        plain = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         vocab = {written[token]: i for token, i in self.ranks.items()} | self.special_tokens
         return {
             "version": "1.0",
-            "added_tokens": [{"id": i, "content": name, **plain} for name, i in self.special_tokens.items()],
+            "added_tokens": [
+                {"id": i, "content": name, **plain} for name, i in self.special_tokens.items()
+            ],
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
             "post_processor": byte_level,
@@ -443,20 +541,30 @@ class BPETokenizer(Tokenizer):
     def from_huggingface(cls, saved):
         """From the content of a tokenizer.json, byte-level BPE of GPT-2's or Llama 3's kind; ValueError for others."""
         model, steps = saved["model"], saved.get("pre_tokenizer") or {}
-        steps = {step["type"]: step for step in steps.get("pretokenizers", [steps] if steps else [])}
+        steps = {
+            step["type"]: step for step in steps.get("pretokenizers", [steps] if steps else [])
+        }
         if model.get("type") != "BPE" or "ByteLevel" not in steps or saved.get("normalizer"):
             found = f"model={model.get('type')}, pre_tokenizer={sorted(steps)}, normalizer={saved.get('normalizer')}"
-            raise ValueError(f"tokenizer.json has {found}: needed is byte-level BPE of GPT-2's or Llama 3's kind")
+            raise ValueError(
+                f"tokenizer.json has {found}: needed is byte-level BPE of GPT-2's or Llama 3's kind"
+            )
         if steps["ByteLevel"].get("add_prefix_space"):
-            raise ValueError("add_prefix_space=True in tokenizer.json is not done here: set it to false if that fits")
+            raise ValueError(
+                "add_prefix_space=True in tokenizer.json is not done here: set it to false if that fits"
+            )
         pattern = steps["Split"]["pattern"]["Regex"] if "Split" in steps else PATTERNS["gpt2"][0]
-        pattern = next((name for name, (published, _) in PATTERNS.items() if published == pattern), pattern)
+        pattern = next(
+            (name for name, (published, _) in PATTERNS.items() if published == pattern), pattern
+        )
         special_tokens = {token["content"]: token["id"] for token in saved["added_tokens"]}
         written = sorted(model["vocab"].keys() - special_tokens.keys(), key=model["vocab"].get)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merged = list(dict.fromkeys(left + right for left, right in merges))
         if merged != sorted(merged, key=model["vocab"].get):
-            raise ValueError("merges of tokenizer.json are not in the order of the ids, which decide here: renumber it")
+            raise ValueError(
+                "merges of tokenizer.json are not in the order of the ids, which decide here: renumber it"
+            )
         return cls(list(map(read_token, written)), special_tokens, pattern)
 
 
@@ -468,7 +576,9 @@ def read_token(written):
     try:
         return bytes(map(BYTE_OF.__getitem__, written))
     except KeyError as error:
-        raise ValueError(f"token={written!r} holds {error}, which stands for no byte: use a byte-level BPE") from None
+        raise ValueError(
+            f"token={written!r} holds {error}, which stands for no byte: use a byte-level BPE"
+        ) from None
 
 
 def count_pretokens(texts, pattern, processes=None):
@@ -484,27 +594,65 @@ def count_pretokens(texts, pattern, processes=None):
 
 def count_piece(job):
     piece, pattern = job
-    return Counter(chain.from_iterable(split_pretokens(part, pattern) for part in pieces_of(piece, 100_000)))
+    return Counter(
+        chain.from_iterable(split_pretokens(part, pattern) for part in pieces_of(piece, 100_000))
+    )
 
 
-def learn_tokens(pretokens, size, progress=False):
-    """The bytes of `size` tokens, 256 single bytes first, that BPE learns from a dict of pre-token to count.
+def learn_tokens_plainly(pretokens, size):
+    """The bytes of `size` tokens, 256 single bytes first, that BPE learns from pre-tokens and their counts.
 
-    A word is a string with one character per token, chr(id), so that merging a pair is replacing two characters by one.
-    Only the words that hold the merged pair are touched, and in them only the counts of its neighbours change.
-    Where the joined bytes are a token already, the pair becomes that token, and no new one is made.
+    As BPE is defined: count every pair of neighbours, merge the most frequent one everywhere (of equally
+    frequent pairs that of the lower ids), count again. `learn_tokens` learns the same, thousands of times
+    faster.
+    """
+    words = {
+        pretoken: [bytes([byte]) for byte in pretoken.encode("utf-8")] for pretoken in pretokens
+    }
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < size:
+        counts = Counter()
+        for pretoken, parts in words.items():
+            for pair in zip(parts, parts[1:]):  # noqa: B905 (one shorter)
+                counts[pair] += pretokens[pretoken]
+        if not counts:
+            break
+        ids = {token: i for i, token in enumerate(tokens)}
+        left, right = min(counts, key=lambda pair: (-counts[pair], ids[pair[0]], ids[pair[1]]))
+        if left + right not in ids:
+            tokens.append(left + right)
+        for parts in words.values():
+            for i in range(
+                len(parts) - 1
+            ):  # the list gets shorter meanwhile, so the last places find nothing
+                if parts[i : i + 2] == [left, right]:
+                    parts[i : i + 2] = [left + right]
+    return tokens
+
+
+def count_pairs(words, frequency):
+    """(counts, where): how often each pair of characters stands in the text, and in which words."""
+    where = defaultdict(list)
+    for w, word in enumerate(words):
+        for left, right in zip(word, word[1:]):  # noqa: B905 (one shorter)
+            where[left + right].append(w)
+    counts = {pair: sum(map(frequency, holders)) for pair, holders in where.items()}
+    return defaultdict(int, counts), where
+
+
+def learn_tokens(pretokens, size, progress=False, on_merge=None):
+    """The bytes of `size` tokens that BPE learns from a dict of pre-token to count: see above.
+
+    A word is a string with one character per token, chr(id), so that merging a pair is replacing two
+    characters by one. Only the words that hold the merged pair are touched, and in them only the counts
+    of its neighbours change. Where the joined bytes are a token already, the pair becomes that token, and
+    no new one is made. on_merge(left, right, count, id) is called at each merge, with the tokens' bytes.
     """
     words = [pretoken.encode("utf-8").decode("latin-1") for pretoken in pretokens]
     frequency = list(pretokens.values()).__getitem__
     tokens = [bytes([byte]) for byte in range(256)]
     ids = {token: i for i, token in enumerate(tokens)}
-
-    # For each pair of characters: the words it was seen in, and how often it stands in the text.
-    where = defaultdict(list)
-    for w, word in enumerate(words):
-        for left, right in zip(word, word[1:]):  # noqa: B905 (one shorter)
-            where[left + right].append(w)
-    counts = defaultdict(int, {pair: sum(map(frequency, holders)) for pair, holders in where.items()})
+    counts, where = count_pairs(words, frequency)
     most_frequent = [(-count, pair) for pair, count in counts.items()]
     heapify(most_frequent)
 
@@ -520,6 +668,8 @@ def learn_tokens(pretokens, size, progress=False):
         a, b = pair
         joined = tokens[ord(a)] + tokens[ord(b)]
         new = chr(ids.setdefault(joined, len(tokens)))
+        if on_merge:
+            on_merge(tokens[ord(a)], tokens[ord(b)], -count, ord(new))
         if ord(new) == len(tokens):
             tokens.append(joined)
             progress_bar.update()
@@ -538,18 +688,14 @@ def learn_tokens(pretokens, size, progress=False):
                 before[left[-1]].append(w)
             if right:
                 after[right[0]].append(w)
-        for x, holders in before.items():
+        old_and_new = [(x + a, x + new, holders) for x, holders in before.items()]
+        old_and_new += [(b + x, new + x, holders) for x, holders in after.items()]
+        for old_pair, new_pair, holders in old_and_new:
             moved = sum(map(frequency, holders))
-            counts[x + a] -= moved
-            counts[x + new] += moved
-            where[x + new] += holders
-            grown.add(x + new)
-        for x, holders in after.items():
-            moved = sum(map(frequency, holders))
-            counts[b + x] -= moved
-            counts[new + x] += moved
-            where[new + x] += holders
-            grown.add(new + x)
+            counts[old_pair] -= moved
+            counts[new_pair] += moved
+            where[new_pair] += holders
+            grown.add(new_pair)
         counts.pop(pair, None)
         for other in grown:
             heappush(most_frequent, (-counts[other], other))
@@ -573,7 +719,7 @@ def recount(w, words, count, pair, new, counts, where):
     return grown
 
 
-KINDS = {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
+TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
 
 
 def load_tokenizer(saved):
@@ -586,20 +732,26 @@ def load_tokenizer(saved):
         try:
             saved = json.loads(read_text(path))
         except json.JSONDecodeError as error:
-            raise ValueError(f"tokenizer {path} is no JSON ({error}): train one with python bpe.py train") from error
+            raise ValueError(
+                f"tokenizer {path} is no JSON ({error}): train one with python bpe.py train"
+            ) from error
     if "model" in saved:
         return BPETokenizer.from_huggingface(saved)
-    if saved.get("type") not in KINDS:
-        raise ValueError(f"type={saved.get('type')!r} of a tokenizer must be one of {sorted(KINDS)}: train one here")
-    return KINDS[saved["type"]].from_dict(saved)
+    if saved.get("type") not in TOKENIZERS:
+        raise ValueError(
+            f"type={saved.get('type')!r} of a tokenizer must be one of {sorted(TOKENIZERS)}: train one here"
+        )
+    return TOKENIZERS[saved["type"]].from_dict(saved)
 
 
 def with_special_tokens(tokenizer, names):
     """The tokenizer with further special tokens, which take the ids from vocab_size on."""
     new = [name for name in names if name not in tokenizer.special_tokens]
     saved = tokenizer.to_dict()
-    if type(tokenizer) not in KINDS.values():
-        raise ValueError(f"a {type(tokenizer).__name__} cannot take {' '.join(new)}: use a template whose markers it has")
+    if type(tokenizer) not in TOKENIZERS.values():
+        raise ValueError(
+            f"a {type(tokenizer).__name__} cannot take {' '.join(new)}: use a template whose markers it has"
+        )
     if isinstance(saved["special_tokens"], dict):
         added = {name: tokenizer.vocab_size + i for i, name in enumerate(new)}
         saved["special_tokens"] = {**saved["special_tokens"], **added}
@@ -608,112 +760,12 @@ def with_special_tokens(tokenizer, names):
     return load_tokenizer(saved)
 
 
-# Chat templates. A message is {"role": "system" | "user" | "assistant", "content": text}. A template gives the parts of
-# one message as (text, is_special): a special part becomes its token, all else is ordinary text whatever it holds, so
-# that no message can smuggle in a special token.
-
-# special tokens that end a text or an answer: ours, Llama 3's and ChatML's; published models may name others
-ENDS = (END_OF_TEXT, END, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>")
-# the template whose marker a tokenizer has; without any, Alpaca's plain text
-TEMPLATE_OF_MARKER = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", USER: "markers"}
-ALPACA_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-
-
-def markers_parts(role, content):
-    return [({"system": SYSTEM, "user": USER, "assistant": ASSISTANT}[role], True), (content, False), (END, True)]
-
-
-def alpaca_parts(role, content):
-    """Plain text, for tokenizers that have no markers. The input of an instruction is part of the content:
-    instruction, then "\\n\\n### Input:\\n", then the input."""
-    if role == "assistant":
-        return [("\n\n### Response:\n", False), (content, False), (END_OF_TEXT, True)]
-    return [(content if role == "system" else f"{ALPACA_PREAMBLE}\n\n### Instruction:\n{content}", False)]
-
-
-def llama3_parts(role, content):
-    header = [("<|start_header_id|>", True), (role, False), ("<|end_header_id|>", True), ("\n\n", False)]
-    return [*header, (content.strip(), False), ("<|eot_id|>", True)]
-
-
-def chatml_parts(role, content):
-    return [("<|im_start|>", True), (role + "\n", False), (content, False), ("<|im_end|>", True), ("\n", False)]
-
-
-# Name: what gives the parts of a message, what the chat begins with, and how many parts come before the content.
-CHAT_TEMPLATES = {
-    "markers": (markers_parts, [], 1),
-    "alpaca": (alpaca_parts, [], 1),
-    "llama3": (llama3_parts, [("<|begin_of_text|>", True)], 4),
-    "chatml": (chatml_parts, [], 2),
-}
-
-
-def chat_parts(messages, template="markers", reply=False):
-    """The parts of a chat as (text, is_special, is_reply), is_reply for what the assistant says and the end of it.
-
-    reply: end with what comes before the assistant's next words.
-    """
-    if template not in CHAT_TEMPLATES:
-        raise ValueError(f"template={template!r} must be one of {sorted(CHAT_TEMPLATES)}")
-    parts_of, beginning, before_content = CHAT_TEMPLATES[template]
-    parts = [(text, is_special, False) for text, is_special in beginning]
-    for message in messages:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"role={message['role']!r} of a message must be system, user or assistant")
-        said = message["role"] == "assistant"
-        for i, (text, is_special) in enumerate(parts_of(message["role"], message["content"])):
-            parts.append((text, is_special, said and before_content <= i < before_content + 2))  # content and its end
-    if reply:
-        parts += [(text, is_special, False) for text, is_special in parts_of("assistant", "")[:before_content]]
-    return parts
-
-
-def template_for(tokenizer):
-    """The name of the chat template whose markers the tokenizer has, else alpaca."""
-    return next((name for marker, name in TEMPLATE_OF_MARKER.items() if marker in tokenizer.special_tokens), "alpaca")
-
-
-def encode_for_class(tokenizer, text, longest):
-    """(ids, cut): a text whose class is read at its last token, which is therefore always the one that ends a text, where
-    the tokenizer has such; and whether the text was cut, so that both fit into `longest`."""
-    ids = tokenizer.encode(text)
-    end = [tokenizer.special_tokens[name] for name in ENDS if name in tokenizer.special_tokens][:1]
-    room = longest - len(end)
-    return ids[:room] + end, len(ids) > room
-
-
-def stop_ids(tokenizer):
-    """The ids that end a text or an answer, as a sorted list."""
-    special = tokenizer.special_tokens
-    return sorted({*getattr(tokenizer, "stop_ids", ()), *(special[name] for name in ENDS if name in special)})
-
-
-def encode_chat(tokenizer, messages, template="markers", reply=False):
-    """ids and is_reply, two lists of equal length: the chat's tokens, and which of them the assistant says.
-
-    Raises ValueError where the tokenizer lacks a marker of the template.
-    """
-    ids, is_reply = [], []
-    for text, special, said in chat_parts(messages, template, reply):
-        if special and text not in tokenizer.special_tokens:
-            raise ValueError(f"template={template!r} needs {text}, which this tokenizer lacks: use another template")
-        part = [tokenizer.special_tokens[text]] if special else tokenizer.encode(text)
-        ids += part
-        is_reply += [said] * len(part)
-    return ids, is_reply
-
-
-def chat_text(messages, template="markers", reply=False):
-    """The chat as text, to look at; its markers are tokens only through encode_chat."""
-    return "".join(text for text, _, _ in chat_parts(messages, template, reply))
-
-
 def paint(tokens):
-    """Tokens (bytes) in one line: on a terminal each on its own background, in a pipe with | between them."""
-    texts = [token.decode("utf-8", errors="backslashreplace") for token in tokens]
+    """Tokens (bytes or text) in one line: on a terminal each on its own background, in a pipe with | between."""
+    texts = []
+    for token in tokens:
+        is_bytes = isinstance(token, bytes)
+        texts.append(token.decode("utf-8", errors="backslashreplace") if is_bytes else token)
     if not sys.stdout.isatty():
         return "|".join(texts)
     colours = cycle((44, 42, 45, 46, 43))  # ANSI backgrounds: blue, green, magenta, cyan, yellow
@@ -726,20 +778,42 @@ def show_merges(text, tokenizer):
         steps = list(tokenizer.merge_steps(pretoken.encode("utf-8")))
         print(paint(steps[0]))
         for earlier, later in zip(steps, steps[1:]):  # noqa: B905 (one shorter)
-            i = next(i for i, (old, new) in enumerate(zip(earlier, later, strict=False)) if old != new)
+            i = next(
+                i for i, (old, new) in enumerate(zip(earlier, later, strict=False)) if old != new
+            )
             pair, joined = earlier[i : i + 2], later[i]
-            print(f"{paint(later)}    {paint(pair)} -> {paint([joined])}, id {tokenizer.ranks[joined]}")
+            print(
+                f"{paint(later)}    {paint(pair)} -> {paint([joined])}, id {tokenizer.ranks[joined]}"
+            )
     ids = tokenizer.encode(text)
     print(f"{len(text.encode('utf-8'))} bytes, {len(ids)} tokens: {' '.join(map(str, ids))}")
 
 
-def train_and_compare(paths, vocab_size, pattern, out):
+def merge_printer(n):
+    """A function for learn_tokens' on_merge that prints the first n merges: number, pair, count, new token."""
+    printed = 0
+
+    def show(left, right, count, new_id):
+        nonlocal printed
+        printed += 1
+        if printed <= n:
+            pair, new = paint([left, right]), paint([left + right])
+            print(f"{printed:4}  {pair}  {count:,} times  ->  {new}, id {new_id}")
+
+    return show
+
+
+def train_and_compare(paths, vocab_size, pattern, out, n_shown):
     """Train a tokenizer on files, save it, and print its bytes per token beside those of GPT-2's."""
-    tokenizer = BPETokenizer.train(paths, vocab_size, pattern, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty() and not n_shown
+    on_merge = merge_printer(n_shown) if n_shown else None
+    tokenizer = BPETokenizer.train(paths, vocab_size, pattern, progress=progress, on_merge=on_merge)
     tokenizer.save(out)
     text = next((piece for text in texts_of(paths) for piece in pieces_of(text, LONGEST_PIECE)), "")
     n_bytes = len(text.encode("utf-8"))
-    print(f"{out}: {tokenizer.vocab_size} tokens, {n_bytes / len(tokenizer.encode(text)):.3f} bytes per token")
+    print(
+        f"{out}: {tokenizer.vocab_size} tokens, {n_bytes / len(tokenizer.encode(text)):.3f} bytes per token"
+    )
     if tokenizer.vocab_size < vocab_size:
         print(f"fewer than vocab_size={vocab_size}: every pre-token of this text is one token")
     try:
@@ -747,34 +821,55 @@ def train_and_compare(paths, vocab_size, pattern, out):
     except OSError as error:
         print(error)
     else:
-        print(f"GPT-2's: {gpt2.vocab_size} tokens, {n_bytes / len(gpt2.encode(text)):.3f} bytes per token")
+        print(
+            f"GPT-2's: {gpt2.vocab_size} tokens, {n_bytes / len(gpt2.encode(text)):.3f} bytes per token"
+        )
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer, or watch one at work.")
+def read_command_line():
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level BPE tokenizer, or watch one at work."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="learn a tokenizer from text files")
     train.add_argument("--input", nargs="+", type=Path, required=True, help="UTF-8 text files")
-    train.add_argument("--vocab_size", type=int, default=4096, help="tokens, 256 bytes and the specials included")
-    train.add_argument("--pattern", choices=PATTERNS, default="gpt2", help="how text is cut into pre-tokens")
-    train.add_argument("--out", type=Path, default=Path("data/tok.json"), help="where the tokenizer is saved")
+    train.add_argument(
+        "--vocab_size", type=int, default=4096, help="tokens, 256 bytes and specials included"
+    )
+    train.add_argument(
+        "--pattern", choices=PATTERNS, default="gpt2", help="how text is cut into pre-tokens"
+    )
+    train.add_argument(
+        "--out", type=Path, default=Path("data/tok.json"), help="where the tokenizer is saved"
+    )
+    train.add_argument("--show", type=int, default=0, metavar="N", help="print the first N merges")
     show = commands.add_parser("show", help="merge a text step by step")
     show.add_argument("text")
     tokens = commands.add_parser("tokens", help="print a text file, coloured by token")
     tokens.add_argument("file", type=Path)
-    for command in (show, tokens):
-        command.add_argument("--tokenizer", default="gpt2", help="gpt2, or the file of a byte-level BPE tokenizer")
-    given = parser.parse_args()
+    show.add_argument(
+        "--tokenizer", default="gpt2", help="gpt2, or the file of a byte-level BPE tokenizer"
+    )
+    tokens.add_argument("--tokenizer", default="gpt2", help="gpt2, or the file of any tokenizer")
+    return parser.parse_args()
+
+
+def main():
+    given = read_command_line()
     if given.command == "train":
-        train_and_compare(given.input, given.vocab_size, given.pattern, given.out)
+        train_and_compare(given.input, given.vocab_size, given.pattern, given.out, given.show)
         return
-    tokenizer = BPETokenizer.from_gpt2() if given.tokenizer == "gpt2" else load_tokenizer(given.tokenizer)
-    if not isinstance(tokenizer, BPETokenizer):
-        raise ValueError(f"--tokenizer={given.tokenizer} is not byte-level BPE: train one with python bpe.py train")
-    if given.command == "show":
+    is_gpt2 = given.tokenizer == "gpt2"
+    tokenizer = BPETokenizer.from_gpt2() if is_gpt2 else load_tokenizer(given.tokenizer)
+    if given.command == "tokens":
+        print(paint(tokenizer.tokens[i] for i in tokenizer.encode(read_text(given.file))))
+    elif isinstance(tokenizer, BPETokenizer):
         show_merges(given.text, tokenizer)
     else:
-        print(paint(tokenizer.tokens[i] for i in tokenizer.encode(read_text(given.file))))
+        raise ValueError(
+            f"--tokenizer={given.tokenizer} is not byte-level BPE and merges nothing: "
+            "train one with python bpe.py train"
+        )
 
 
 if __name__ == "__main__":

@@ -32,27 +32,25 @@ import numpy as np
 from tqdm import tqdm
 
 import bpe
-from config import errors_in_one_line, read_arguments
-from sources import SOURCES, fetch, find_file, sha256_of
+from glass.settings import errors_in_one_line, read_arguments
+from glass.shards import META, ShardWriter, folder_of, token_dtype, write_json
+from glass.sources import SOURCES, fetch, find_file
 
-DATA = Path("data")
 PIECE = 100_000  # characters that one call of a tokenizer gets
 BATCH = 500_000  # characters that one call of a worker gets
 BLOCK = 1 << 18  # bytes read from a file at a time
 SAVE_SECONDS = 2.0
 TRAINED_ON = 100_000_000  # characters of a long text that a tokenizer is trained on
-GPT2_VOCAB_SIZE = 50_257
-LLMC_MAGIC, LLMC_HEADER = 20240520, 256  # llm.c's shards begin with 256 int32: magic, version, number of tokens
 
 
 @dataclass
 class Settings:
     name: str = ""  # the dataset: one of the table in sources.py, or your own with --input
     input: list[str] | None = None  # files, folders or globs to read; None: what the table says
-    tokenizer: str | None = None  # char | word | gpt2 | FILE | train:VOCAB_SIZE; None: the table's choice, or gpt2
+    tokenizer: str | None = None  # char | word | gpt2 | FILE | train:SIZE; None: the table's
     text_key: str = "text"  # where the text stands in a JSON line or table row
-    errors: str = "strict"  # strict: bytes that are not UTF-8 are an error; replace: U+FFFD stands for them
-    val_fraction: float | None = None  # share of the text that is validation; None: the table's, or 0.1
+    errors: str = "strict"  # strict: bytes that are not UTF-8 end it; replace: U+FFFD for them
+    val_fraction: float | None = None  # share of validation text; None: the table's, or 0.1
     shard_tokens: int = 100_000_000  # tokens of one shard
     workers: int | None = None  # processes that tokenize; None: one per core
     overwrite: bool = False  # make again a dataset that is there
@@ -60,9 +58,13 @@ class Settings:
     def __post_init__(self):
         """Take what is None from the table; ValueError for what is impossible."""
         if not self.name:
-            raise ValueError(f"no dataset is named: add one of {' '.join(SOURCES)}, or any name with --input FILE")
+            raise ValueError(
+                f"no dataset is named: add one of {' '.join(SOURCES)}, or any name with --input FILE"
+            )
         if self.name not in SOURCES and not self.input:
-            raise ValueError(f"dataset {self.name!r} is unknown: add --input FILE, or take one of {' '.join(SOURCES)}")
+            raise ValueError(
+                f"dataset {self.name!r} is unknown: add --input FILE, or take one of {' '.join(SOURCES)}"
+            )
         source = SOURCES.get(self.name)
         self.tokenizer = self.tokenizer or (source.tokenizer if source else "gpt2")
         if self.val_fraction is None:
@@ -72,7 +74,9 @@ class Settings:
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
         if self.shard_tokens < 1 or self.workers is not None and self.workers < 1:
-            raise ValueError(f"shard_tokens={self.shard_tokens} and workers={self.workers} must be at least 1")
+            raise ValueError(
+                f"shard_tokens={self.shard_tokens} and workers={self.workers} must be at least 1"
+            )
 
 
 # Reading: files to documents, each in pieces that a tokenizer can take one by one.
@@ -90,14 +94,24 @@ def input_files(settings):
         return [find_file(folder, file) or fetch(folder, file) for file in downloads]
     files = []
     for name in settings.input:
-        found = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))
+        found = (
+            [Path(name)]
+            if Path(name).exists()
+            else sorted(map(Path, glob.glob(name, recursive=True)))
+        )
         if not found:
             raise FileNotFoundError(f"--input {name} is not there: give a file, a folder or a glob")
         for path in found:
             inside = sorted(path.rglob("*")) if path.is_dir() else []
-            files += [file for file in inside if file.name.endswith(tuple(READERS))] if path.is_dir() else [path]
+            files += (
+                [file for file in inside if file.name.endswith(tuple(READERS))]
+                if path.is_dir()
+                else [path]
+            )
     if not files:
-        raise ValueError(f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}")
+        raise ValueError(
+            f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}"
+        )
     return files
 
 
@@ -137,7 +151,9 @@ def pieces_of_file(path, errors):
 
 
 def not_utf8(path, offset):
-    return ValueError(f"{path} is not UTF-8 at byte {offset:,}: convert it to UTF-8, or use --errors=replace")
+    return ValueError(
+        f"{path} is not UTF-8 at byte {offset:,}: convert it to UTF-8, or use --errors=replace"
+    )
 
 
 def read_jsonl(path, settings):
@@ -148,13 +164,19 @@ def read_jsonl(path, settings):
             try:
                 record = json.loads(line.decode("utf-8", settings.errors))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path} line {number} is not UTF-8 ({error.reason}): use --errors=replace") from None
+                raise ValueError(
+                    f"{path} line {number} is not UTF-8 ({error.reason}): use --errors=replace"
+                ) from None
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error}): correct or remove it") from None
+                raise ValueError(
+                    f"{path} line {number} is not JSON ({error}): correct or remove it"
+                ) from None
             if not isinstance(record, dict) or not isinstance(record.get(settings.text_key), str):
                 found = sorted(record) if isinstance(record, dict) else type(record).__name__
                 key = settings.text_key
-                raise ValueError(f"{path} line {number} has no text under {key!r} but {found}: use --text_key")
+                raise ValueError(
+                    f"{path} line {number} has no text under {key!r} but {found}: use --text_key"
+                )
             yield bpe.pieces_of(record[settings.text_key], PIECE)
 
 
@@ -166,13 +188,23 @@ def read_parquet(path, settings):
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
         columns = table.schema_arrow.names
         if settings.text_key not in columns:
-            raise ValueError(f"{path} has no column {settings.text_key!r} but {columns}: use --text_key")
-        for rows in table.iter_batches(batch_size=256, columns=[settings.text_key], use_threads=False):
+            raise ValueError(
+                f"{path} has no column {settings.text_key!r} but {columns}: use --text_key"
+            )
+        for rows in table.iter_batches(
+            batch_size=256, columns=[settings.text_key], use_threads=False
+        ):
             for text in rows.column(0).to_pylist():
                 yield bpe.pieces_of(text or "", PIECE)
 
 
-READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".parquet": read_parquet}
+READERS = {
+    ".txt": read_txt,
+    ".md": read_txt,
+    ".jsonl": read_jsonl,
+    ".jsonl.gz": read_jsonl,
+    ".parquet": read_parquet,
+}
 
 
 def all_documents(settings, files):
@@ -230,7 +262,9 @@ def split_pieces(settings, files, left):
 
 def hash_share(text):
     """A number from 0 to 1 that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:6], "big") / 2**48
+    return (
+        int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:6], "big") / 2**48
+    )
 
 
 def batches_of(pieces):
@@ -261,74 +295,27 @@ def encode_batch(batch):
     for split, text, begins in batch:
         tokens, documents, characters, n_bytes = results.get(split, ([], 0, 0, 0))
         tokens += [end_of_text] * begins + [encode_to_array(tokenizer, text).astype(dtype)]
-        results[split] = tokens, documents + begins, characters + len(text), n_bytes + len(text.encode("utf-8"))
-    return {split: (np.concatenate(tokens).tobytes(), *counts) for split, (tokens, *counts) in results.items()}
+        results[split] = (
+            tokens,
+            documents + begins,
+            characters + len(text),
+            n_bytes + len(text.encode("utf-8")),
+        )
+    return {
+        split: (np.concatenate(tokens).tobytes(), *counts)
+        for split, (tokens, *counts) in results.items()
+    }
 
 
 def encode_to_array(tokenizer, text):
     """tokenizer.encode(text) as an array; tiktoken gives one without a list of Python's integers between."""
-    if isinstance(tokenizer, bpe.BPETokenizer) and tokenizer.fast and len(text) <= bpe.LONGEST_PIECE:
+    if (
+        isinstance(tokenizer, bpe.BPETokenizer)
+        and tokenizer.fast
+        and len(text) <= bpe.LONGEST_PIECE
+    ):
         return tokenizer.to_tiktoken().encode_to_numpy(text, disallowed_special=())
     return np.array(tokenizer.encode(text), np.uint32)
-
-
-# Writing.
-
-
-class ShardWriter:
-    """Appends tokens to the shards of one split. `about` says what they hold, and is all that is needed to go on."""
-
-    def __init__(self, folder, split, dtype, shard_tokens, about=None):
-        self.folder, self.split = folder, split
-        self.itemsize, self.shard_tokens = np.dtype(dtype).itemsize, shard_tokens
-        self.about = about or {"tokens": 0, "documents": 0, "characters": 0, "bytes": 0, "shards": []}
-        self.file = None
-        if self.about["shards"] and "sha256" not in self.about["shards"][-1]:
-            self.file = open(folder / self.about["shards"][-1]["file"], "r+b")
-            self.file.truncate(self.about["shards"][-1]["tokens"] * self.itemsize)  # what came after the last save
-            self.file.seek(0, os.SEEK_END)
-
-    def append(self, tokens, documents, characters, n_bytes):
-        """tokens: the bytes of whole tokens."""
-        about = self.about
-        first = not about["tokens"]
-        while tokens:
-            if self.file is None:
-                about["shards"].append({"file": f"{self.split}_{len(about['shards']):06d}.bin", "tokens": 0})
-                self.file = open(self.folder / about["shards"][-1]["file"], "wb")
-            shard = about["shards"][-1]
-            now = tokens[: (self.shard_tokens - shard["tokens"]) * self.itemsize]
-            self.file.write(now)
-            tokens = tokens[len(now) :]
-            shard["tokens"] += len(now) // self.itemsize
-            about["tokens"] += len(now) // self.itemsize
-            if shard["tokens"] == self.shard_tokens:
-                self.close_shard()
-        about["documents"] += documents + first
-        about["characters"] += characters
-        about["bytes"] += n_bytes
-
-    def sync(self):
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def close_shard(self):
-        if self.file:
-            self.sync()
-            self.file.close()
-            self.file = None
-            self.about["shards"][-1]["sha256"] = sha256_of(self.folder / self.about["shards"][-1]["file"])
-
-
-def write_json(path, content):
-    """Replace the file at once: it is the old or the new one, whole."""
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 # Preparing.
@@ -337,7 +324,7 @@ def write_json(path, content):
 def prepare(settings):
     """Make one dataset and write its meta.json; gives back its folder. What is there already is left as it is."""
     folder = folder_of(settings.name)
-    meta_path = folder / "meta.json"
+    meta_path = folder / META
     if meta_path.is_file() and not settings.overwrite:
         print(f"{folder} is prepared already: --overwrite=True makes it again")
         return folder
@@ -346,37 +333,59 @@ def prepare(settings):
     meta_path.unlink(missing_ok=True)
     try:
         source = SOURCES.get(settings.name)
-        meta = prepare_records(settings, source, files) if source and source.records else prepare_text(settings, files)
+        meta = (
+            prepare_records(settings, source, files)
+            if source and source.records
+            else prepare_text(settings, files)
+        )
         write_json(meta_path, meta)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise OSError(f"no space is left for {folder}: free some, run the same command again, it continues") from error
+        raise OSError(
+            f"no space is left for {folder}: free some, run the same command again, it continues"
+        ) from error
     (folder / "progress.json").unlink(missing_ok=True)
     for split, about in meta["splits"].items():
-        print(", ".join(f"{value:,} {key}" for key, value in about.items() if key != "shards").join((f"{split}: ", "")))
+        print(
+            ", ".join(f"{value:,} {key}" for key, value in about.items() if key != "shards").join(
+                (f"{split}: ", "")
+            )
+        )
     return folder
 
 
 def prepare_text(settings, files):
     """The meta.json of a text dataset whose shards are written; continues where an interrupted run stopped."""
     folder = folder_of(settings.name)
-    identity = {key: value for key, value in asdict(settings).items() if key not in ("workers", "overwrite")}
-    identity["files"] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    identity = {
+        key: value for key, value in asdict(settings).items() if key not in ("workers", "overwrite")
+    }
+    identity["files"] = [
+        [str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files
+    ]
     progress = read_progress(folder, identity)
     if progress is None:
         for shard in [*folder.glob("train_*.bin"), *folder.glob("val_*.bin")]:
             shard.unlink()
         left = train_characters(settings, files)
         tokenizer = make_tokenizer(settings, files)
-        progress = {"identity": identity, "batches": 0, "left": left, "splits": {}, "tokenizer": tokenizer.to_dict()}
+        progress = {
+            "identity": identity,
+            "batches": 0,
+            "left": left,
+            "splits": {},
+            "tokenizer": tokenizer.to_dict(),
+        }
     else:
         tokenizer = bpe.load_tokenizer(progress["tokenizer"])
-    dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
+    dtype = token_dtype(tokenizer.vocab_size)
     if dtype == "<u4":
         print(f"vocab_size={tokenizer.vocab_size} exceeds 65,536: tokens are written as uint32")
     writers = {
-        split: ShardWriter(folder, split, dtype, settings.shard_tokens, progress["splits"].get(split))
+        split: ShardWriter(
+            folder, split, dtype, settings.shard_tokens, progress["splits"].get(split)
+        )
         for split in ("train", "val")
     }
 
@@ -389,9 +398,14 @@ def prepare_text(settings, files):
         encode_batch, itertools.chain(first, todo), workers, start_worker, (tokenizer, dtype)
     )
     done = sum(writer.about["bytes"] for writer in writers.values())
-    total = sum(path.stat().st_size for path in files if not path.name.endswith((".gz", ".parquet"))) or None
+    total = (
+        sum(path.stat().st_size for path in files if not path.name.endswith((".gz", ".parquet")))
+        or None
+    )
     saved_at = time.monotonic()
-    with tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=None, desc=settings.name) as bar:
+    with tqdm(
+        total=total, initial=done, unit="B", unit_scale=True, disable=None, desc=settings.name
+    ) as bar:
         for result in results:
             for split, encoded in result.items():
                 writers[split].append(*encoded)
@@ -409,7 +423,10 @@ def prepare_text(settings, files):
         "format": 1,
         "kind": "text",
         "name": settings.name,
-        "source": {"about": SOURCES[settings.name].about if settings.name in SOURCES else "own text", **identity},
+        "source": {
+            "about": SOURCES[settings.name].about if settings.name in SOURCES else "own text",
+            **identity,
+        },
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "splits": splits,
@@ -426,7 +443,9 @@ def read_progress(folder, identity):
     progress = json.loads(path.read_text(encoding="utf-8"))
     if progress["identity"] != identity:
         return None
-    print(f"continuing after {sum(about['tokens'] for about in progress['splits'].values()):,} tokens")
+    print(
+        f"continuing after {sum(about['tokens'] for about in progress['splits'].values()):,} tokens"
+    )
     return progress
 
 
@@ -451,9 +470,13 @@ def make_tokenizer(settings, files):
         if not choice[6:].isdecimal():
             raise ValueError(f"tokenizer={choice} must end in a vocabulary size: train:4096")
         beginning = itertools.islice(texts, TRAINED_ON // PIECE)
-        return bpe.BPETokenizer.train(beginning, int(choice[6:]), processes=settings.workers, progress=True)
+        return bpe.BPETokenizer.train(
+            beginning, int(choice[6:]), processes=settings.workers, progress=True
+        )
     if not Path(choice).is_file():
-        raise FileNotFoundError(f"tokenizer={choice} is not there: use char, word, gpt2, train:4096 or a file")
+        raise FileNotFoundError(
+            f"tokenizer={choice} is not there: use char, word, gpt2, train:4096 or a file"
+        )
     return bpe.load_tokenizer(choice)
 
 
@@ -462,7 +485,9 @@ def prepare_records(settings, source, files):
     where a record does not name its split. The same text never stands in two; what stands there twice is kept once."""
     folder = folder_of(settings.name)
     records = {}
-    for record in itertools.chain.from_iterable(map(source.records, files)) if files else source.records():
+    for record in (
+        itertools.chain.from_iterable(map(source.records, files)) if files else source.records()
+    ):
         asked = [record[key] for key in ("text", "prompt", "instruction", "input") if key in record]
         records.setdefault(" ".join("\n".join(asked).lower().split()), record)
     splits = {"train": [], "val": [], "test": []}
@@ -474,118 +499,27 @@ def prepare_records(settings, source, files):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     about = {split: {"records": len(chosen)} for split, chosen in splits.items()}
-    return {"format": 1, "kind": source.kind, "name": settings.name, "source": source.about, "splits": about}
-
-
-# Opening what is prepared.
-
-
-@dataclass
-class Dataset:
-    """A text dataset as open_dataset found it."""
-
-    folder: Path
-    tokenizer: bpe.Tokenizer
-    tokenizer_dict: dict
-    meta: dict
-    splits: dict  # "train" and "val": a list of 1-D memory maps of tokens each
-    bytes_per_token: dict  # of each split, for bits per byte
-    sha256: str  # of all shards together
-
-
-def folder_of(name):
-    """Where a dataset lies: a name with a slash is a folder itself."""
-    return Path(name) if "/" in str(name) else DATA / name
+    return {
+        "format": 1,
+        "kind": source.kind,
+        "name": settings.name,
+        "source": source.about,
+        "splits": about,
+    }
 
 
 def download_bytes(name):
     """How many bytes prepare would download for this dataset: 0 where nothing is missing."""
-    source = SOURCES.get(name)
-    return sum(file.bytes for file in source.downloads if not find_file(folder_of(name), file)) if source else 0
-
-
-def open_dataset(name):
-    """The Dataset in data/NAME, checked against its meta.json, or nanoGPT's or llm.c's files without one.
-
-    Raises FileNotFoundError where nothing is prepared, ValueError where the files are not what meta.json says.
-    """
-    folder = folder_of(name)
-    if not (folder / "meta.json").is_file():
-        return open_foreign(name, folder)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["kind"] != "text":
-        raise ValueError(f"dataset {name} is of kind={meta['kind']}, needed is text: finetune.py takes this one")
-    splits = {}
-    for split, about in meta["splits"].items():
-        splits[split] = []
-        for shard in about["shards"]:
-            path = folder / shard["file"]
-            n_bytes = shard["tokens"] * np.dtype(meta["dtype"]).itemsize
-            if not path.is_file() or path.stat().st_size != n_bytes:
-                found = path.stat().st_size if path.is_file() else 0
-                raise ValueError(f"{path} has {found:,} bytes, meta.json says {n_bytes:,}: prepare it again")
-            splits[split].append(np.memmap(path, meta["dtype"], "r"))
-    check_tokens(folder, splits, meta["vocab_size"])
-    tokenizer = bpe.load_tokenizer(meta["tokenizer"])
-    bytes_per_token = {split: about["bytes"] / max(1, about["tokens"]) for split, about in meta["splits"].items()}
-    return Dataset(folder, tokenizer, meta["tokenizer"], meta, splits, bytes_per_token, meta["sha256"])
-
-
-def open_foreign(name, folder):
-    """nanoGPT's train.bin and val.bin, or llm.c's *train*.bin and *val*.bin with a header, taken as GPT-2's tokens."""
-    paths = {split: sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")}
-    headed = paths["train"] and all(map(has_header, paths["train"] + paths["val"]))
-    plain = all(paths[split] == [folder / f"{split}.bin"] for split in paths)
-    if (folder / "meta.pkl").is_file():
-        raise ValueError(f"{folder}/meta.pkl can run code and is not read: remove it and run python prepare.py {name}")
-    if (folder / "progress.json").is_file() or not (headed or plain):
-        more = "" if name in SOURCES else " --input FILE"
-        raise FileNotFoundError(f"dataset {name} is not prepared in {folder}: run python prepare.py {name}{more}")
-    print(f"{folder} has no meta.json: its tokens are taken as GPT-2's")
-    splits = {split: [map_shard(path) for path in found] for split, found in paths.items()}
-    check_tokens(folder, splits, GPT2_VOCAB_SIZE)
-    tokenizer = bpe.BPETokenizer.from_gpt2()
-    samples = {split: shards[0][:100_000] if shards else [] for split, shards in splits.items()}
-    bytes_per_token = {split: len(tokenizer.decode_bytes(ids)) / max(1, len(ids)) for split, ids in samples.items()}
-    sizes = {path.name: path.stat().st_size for found in paths.values() for path in found}
-    digest = hashlib.sha256(json.dumps(sizes).encode())
-    for shards in splits.values():
-        for shard in shards:
-            digest.update(shard[:1_000_000].tobytes())
-    meta = {"kind": "text", "name": str(name), "dtype": "<u2", "vocab_size": GPT2_VOCAB_SIZE, "files": sizes}
-    return Dataset(folder, tokenizer, tokenizer.to_dict(), meta, splits, bytes_per_token, digest.hexdigest())
-
-
-def has_header(path):
-    with open(path, "rb") as file:
-        return file.read(4) == np.array([LLMC_MAGIC], "<i4").tobytes()
-
-
-def map_shard(path):
-    """A memory map of the tokens in nanoGPT's or llm.c's file."""
-    if not has_header(path):
-        return np.memmap(path, "<u2", "r")
-    _, version, tokens = np.fromfile(path, "<i4", 3).tolist()
-    if version != 1 or path.stat().st_size != LLMC_HEADER * 4 + tokens * 2:
-        found = f"version={version} and {path.stat().st_size:,} bytes for {tokens:,} tokens"
-        raise ValueError(f"{path} has {found}: needed is version 1, a header of 1,024 bytes and two bytes per token")
-    return np.memmap(path, "<u2", "r", offset=LLMC_HEADER * 4)
-
-
-def check_tokens(folder, splits, vocab_size):
-    """ValueError where the first million tokens of a split hold one beyond the vocabulary."""
-    for split, shards in splits.items():
-        largest = max((int(shard[:1_000_000].max()) for shard in shards[:1] if len(shard)), default=0)
-        if largest >= vocab_size:
-            found = f"token {largest} in {split} but vocab_size={vocab_size}"
-            raise ValueError(f"{folder} holds {found}: run prepare.py again with --overwrite=True")
+    downloads = SOURCES[name].downloads if name in SOURCES else ()
+    return sum(file.bytes for file in downloads if not find_file(folder_of(name), file))
 
 
 def main():
-    given, names = read_arguments(Settings, sys.argv[1:], positional="NAME")
+    arguments = read_arguments(Settings, sys.argv[1:], positional="NAME")
+    names = arguments.names
     if len(names) > 1:
         raise ValueError(f"names={names} are {len(names)} datasets: prepare one at a time")
-    prepare(Settings(**{**given, **({"name": names[0]} if names else {})}))
+    prepare(Settings(**arguments.given | ({"name": names[0]} if names else {})))
 
 
 if __name__ == "__main__":

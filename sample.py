@@ -1,7 +1,7 @@
-"""Text out of a checkpoint or of published weights: `python sample.py --start "To be"`, or a conversation with --chat.
+"""Text out of a checkpoint or of published weights: `python sample.py --start "To be"`, or --chat.
 
-The checkpoint is self-sufficient: the newest run under out/ is taken where none is named, and no flag describes the
-model. Text appears as it is made.
+The checkpoint is self-sufficient: the newest run under out/ is taken where none is named, and no flag
+describes the model. Text appears as it is made.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 
 import bpe
-import checkpoint
-import config
-import weights
-from decode import speed_up
-from model import choose_device, choose_dtype
+from glass import checkpoint, weights
+from glass.chat import encode_for_class, fit_chat, stop_ids, template_for
+from glass.device import choose_device, choose_dtype
+from glass.generate import TextStream, speed_up, stream
+from glass.settings import configure, errors_in_one_line
 
 
 @dataclass
@@ -27,30 +27,30 @@ class Settings:
     """What to load, what to start from, how to draw the next token. Names are nanoGPT's where it has one."""
 
     # model
-    init_from: str = "resume"  # resume: a checkpoint of out_dir; else published weights, gpt2... or a folder
+    init_from: str = "resume"  # resume: a checkpoint of out_dir; else gpt2... or a folder
     out_dir: str | None = None  # folder of the run; None: the newest under out/
-    adapter: str | None = None  # an adapter.safetensors of finetune.py --train=lora, to merge into the model it was trained on
-    which: Literal["best", "last"] = "best"  # the checkpoint with the lowest validation loss, or the last
+    adapter: str | None = None  # adapter.safetensors of a LoRA run, to merge into its base
+    which: Literal["best", "last"] = "best"  # the lowest validation loss, or the last
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-    compile: bool = False  # torch.compile of the one-token step: faster, but the second token waits for the compiler
+    compile: bool = False  # torch.compile the one-token step; the second token waits for it
     quantize: Literal["int8"] | None = None  # int8 weights: a quarter of float32's bytes
-    export: str | None = None  # write the model and its tokenizer to this folder for transformers, and stop
+    export: str | None = None  # write model and tokenizer to this folder for transformers, and stop
     # text
-    classify: str | None = None  # a text whose class to name, with a model that finetune.py --task=classify made
+    classify: str | None = None  # a text whose class to name (finetune.py --task=classify)
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
     max_new_tokens: int = 500  # tokens of a text, at most
     num_samples: int = 1  # texts
     stop: list[str] = field(default_factory=list)  # strings that end a text
     chat: bool = False  # a conversation in the terminal; /help lists its commands
-    template: str = "auto"  # how chat turns are written: markers | alpaca | llama3 | chatml; auto: what the tokenizer has
+    template: str = "auto"  # of a chat: markers | alpaca | llama3 | chatml; auto: the model's
     system: str | None = None  # the system message of a chat
     # drawing
-    temperature: float = 0.8  # 0 takes the likeliest token; 1 draws as the model says; below 1 is bolder
+    temperature: float = 0.8  # 0: the likeliest token; 1: as the model says; below 1: bolder
     top_k: int | None = 200  # draw among the k likeliest
     top_p: float | None = None  # draw among the fewest that hold this share of probability
     min_p: float | None = None  # draw among those at least this share as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1 makes tokens that were there less likely
+    repetition_penalty: float = 1.0  # above 1: tokens that occurred before become less likely
     seed: int = 1337  # the same seed gives the same text
     show_probs: bool = False  # each token with its probability and the runners-up
 
@@ -61,125 +61,123 @@ class Settings:
         for name in ("top_p", "min_p"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
-        if self.temperature < 0 or self.repetition_penalty <= 0:
-            found = f"temperature={self.temperature} and repetition_penalty={self.repetition_penalty}"
-            raise ValueError(f"{found}: the first must not be negative, the second must be positive")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
 
 
-class TextStream:
-    """Ids in, text out as soon as it is certain: an unfinished UTF-8 character or stop string is held back."""
+@dataclass
+class Loaded:
+    """A model that is ready to generate, and what goes with it."""
 
-    def __init__(self, tokenizer, stop):
-        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self.ids, self.shown = [], 0  # the last ids, and how many characters of their text are out
+    model: torch.nn.Module
+    tokenizer: bpe.Tokenizer
+    ends: list  # the ids that end a text
+    state: dict | None  # of the checkpoint; None for published weights
+    compiled_decode: object = None  # of glass.generate.speed_up
 
-    def add(self, token):
-        """The text that this id makes certain. Sets `stopped` once a stop string is complete; it is not part of the text."""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        for stop in self.stop:
-            if stop in text[self.shown :]:
-                self.stopped, text = True, text[: text.index(stop, self.shown)]
-        certain = max(self.shown, len(text) if self.stopped else len(text) - self.held_back(text))
-        new, self.shown = text[self.shown : certain], certain
-        if len(self.ids) > 256 and certain == len(text):  # decode a bounded number of ids each time
-            self.ids = self.ids[-16:]
-            self.shown = len(self.tokenizer.decode(self.ids))
-        return new
+    @property
+    def chat_template(self):
+        """The template of the conversations that the model was tuned on, as far as can be known, or None.
 
-    def held_back(self, text):
-        """How many characters at the end may still change."""
-        if text.endswith("\ufffd"):
-            return 1
-        return max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-
-    def rest(self):
-        """What was held back when nothing follows."""
-        return "" if self.stopped else self.tokenizer.decode(self.ids)[self.shown :]
+        A published model whose tokenizer has a template's markers is taken to be tuned on it.
+        """
+        template = template_for(self.tokenizer)
+        if self.state is None:
+            return None if template == "alpaca" else template
+        tuned_on = self.state["task"].get("template")
+        return template if tuned_on == "auto" else tuned_on
 
 
 def load_model(settings):
-    """(model, tokenizer, ids that end a text, checkpoint state) of a run or of published weights, ready to generate."""
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    if settings.dtype == "auto" and (settings.export or settings.quantize and not settings.compile):
-        dtype = torch.float32  # an export loses nothing; beside eager int8 products float32 was 13% faster on a CPU
-    if settings.init_from == "resume":
-        folder = settings.out_dir or checkpoint.newest_run()
-        model, tokenizer, state = weights.load_run(folder, settings.which)
+    """The Loaded model of a run or of published weights. Raises ValueError for what cannot be loaded."""
+    s, device = settings, choose_device(settings.device)
+    dtype = choose_dtype(s.dtype, device)
+    if s.dtype == "auto" and (s.export or (s.quantize and not s.compile)):
+        dtype = torch.float32  # an export loses nothing; with eager int8 it was 13% faster on a CPU
+    if s.init_from == "resume":
+        folder = s.out_dir or checkpoint.newest_run()
+        model, tokenizer, state = weights.load_run(folder, s.which)
         print(f"{folder}, step {state['step']}", file=sys.stderr)
     else:
-        model, tokenizer, state = weights.load_model(settings.init_from, settings.which, dtype)
-    if settings.adapter:
-        weights.load_adapter(model, settings.adapter)
-    return model.to(device, dtype).eval(), tokenizer, bpe.stop_ids(tokenizer), state
+        model, tokenizer, state = weights.load_model(s.init_from, s.which, dtype)
+    if s.adapter:
+        weights.load_adapter(model, s.adapter)
+    return Loaded(model.to(device, dtype).eval(), tokenizer, stop_ids(tokenizer), state)
 
 
-def read_prompt(settings, model, tokenizer):
-    """The prompt's ids. Raises ValueError for a missing file, unknown characters, or a prompt that does not fit."""
-    text = settings.start
+def check_known(tokenizer, text):
+    """ValueError where the tokenizer does not know some of the text's characters."""
+    if unknown := tokenizer.unknown_characters(text):
+        shown = " ".join(map(repr, unknown[:10]))
+        raise ValueError(f"the tokenizer does not know {shown} of the prompt: leave them out")
+
+
+def read_prompt(settings, loaded):
+    """The prompt's ids. Raises ValueError for a missing file, unknown characters, or a prompt that is too long."""
+    text, tokenizer, config = settings.start, loaded.tokenizer, loaded.model.config
     if text.startswith("FILE:"):
         path = Path(text.removeprefix("FILE:"))
         if not path.is_file():
             raise ValueError(f"the prompt file {path} does not exist: name one that does")
         text = bpe.read_text(path)
-    if unknown := tokenizer.unknown_characters(text):
-        raise ValueError(f"the tokenizer does not know {' '.join(map(repr, unknown[:10]))} of the prompt: leave them out")
+    check_known(tokenizer, text)
     allowed = {bpe.END_OF_TEXT} & tokenizer.special_tokens.keys()
     ids = tokenizer.encode(text or "".join(allowed) or "\n", allowed_special=allowed)
     if getattr(tokenizer, "bos_id", None) is not None:
         ids = [tokenizer.bos_id, *ids]
-    if len(ids) > model.config.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens but block_size={model.config.block_size}: shorten it")
+    if len(ids) > config.block_size:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens but block_size={config.block_size}: shorten it"
+        )
     return ids
 
 
 def show_token(tokenizer, token, logprobs):
-    """One line: the token, its probability, and the likeliest others."""
-    likeliest = [other for other in logprobs.topk(min(6, len(logprobs))).indices.tolist() if other != token][:5]
+    """Print one line: the token, its probability, and the likeliest others."""
 
     def entry(i):
         return f"{tokenizer.decode([i])!r} {logprobs[i].exp():.1%}"
 
-    print(f"{entry(token):20} | " + "  ".join(map(entry, likeliest)))
+    likeliest = logprobs.topk(min(6, len(logprobs))).indices.tolist()
+    others = [i for i in likeliest if i != token][:5]
+    print(f"{entry(token):20} | {'  '.join(map(entry, others))}")
 
 
-def drawing(settings, model, ends, compiled_decode):
-    """The settings of drawing, as model.stream takes them."""
-    s = settings
-    return dict(
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        repetition_penalty=s.repetition_penalty,
-        stop=ends,
-        generator=torch.Generator(model.device).manual_seed(s.seed),
-        compiled_decode=compiled_decode,
-    )
+def drawing(settings, loaded):
+    """How to draw, as glass.generate.stream takes it."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: getattr(settings, name) for name in names} | {
+        "stop": loaded.ends,
+        "generator": torch.Generator().manual_seed(settings.seed),
+        "compiled_decode": loaded.compiled_decode,
+    }
 
 
-def write_samples(settings, model, tokenizer, ends, compiled_decode):
-    """Print num_samples texts: the first as it is made, the others, made in the same batch, after it."""
-    s = settings
-    ids = read_prompt(s, model, tokenizer)
+def write_samples(settings, loaded):
+    """Print num_samples texts: the first as it is made, then the others of the same batch."""
+    s, model, tokenizer = settings, loaded.model, loaded.tokenizer
+    ids = read_prompt(s, loaded)
     idx = torch.tensor([ids] * s.num_samples, device=model.device)  # (num_samples, T)
     streams = [TextStream(tokenizer, s.stop) for _ in range(s.num_samples)]
     texts = [tokenizer.decode(ids)] * s.num_samples
     open_rows = set(range(s.num_samples))
     if len(ids) + s.max_new_tokens > model.config.block_size:
-        print(f"(past {model.config.block_size} tokens the older half is forgotten)", file=sys.stderr)
+        print(
+            f"(past {model.config.block_size} tokens the older half is forgotten)", file=sys.stderr
+        )
     print(texts[0], end="\n" if s.show_probs else "", flush=True)
-    started_at, made = time.perf_counter(), 0
-    for new in model.stream(idx, s.max_new_tokens, logprobs=s.show_probs, **drawing(s, model, ends, compiled_decode)):
-        new, logprobs = new if s.show_probs else (new, None)
+    started_at, n_made, options = time.perf_counter(), 0, drawing(s, loaded)
+    for made in stream(model, idx, s.max_new_tokens, logprobs=s.show_probs, **options):
+        new, logprobs = made if s.show_probs else (made, None)
         for row, token in enumerate(new.tolist()):
             if row not in open_rows:
                 continue
-            if token in ends:
+            if token in loaded.ends:
                 open_rows.remove(row)
                 continue
-            made += 1
+            n_made += 1
             text = streams[row].add(token)
             texts[row] += text
             if row == 0 and s.show_probs:
@@ -192,23 +190,31 @@ def write_samples(settings, model, tokenizer, ends, compiled_decode):
             break
     seconds = time.perf_counter() - started_at
     print("" if s.show_probs else streams[0].rest())
-    for text, stream in list(zip(texts, streams, strict=True))[1:]:
-        print(f"---------------\n{text}{stream.rest()}")
-    print(f"{made} tokens, {made / seconds:.0f} a second", file=sys.stderr)
+    for text, held_back in list(zip(texts, streams, strict=True))[1:]:
+        print(f"---------------\n{text}{held_back.rest()}")
+    print(f"{n_made} tokens, {n_made / seconds:.0f} a second", file=sys.stderr)
 
 
-def print_classes(settings, model, tokenizer, state):
+def print_classes(settings, loaded):
     """Print the classes of a text, the likeliest first, each with its probability."""
+    model, state = loaded.model, loaded.state
     if not model.config.n_classes or not state:
-        raise ValueError(f"{settings.out_dir or settings.init_from} has no classification head: finetune.py --task=classify")
+        raise ValueError(
+            f"{settings.out_dir or settings.init_from} has no classification head: "
+            "train one with finetune.py --task=classify"
+        )
     if not settings.classify.strip():
         raise ValueError("classify='' has no token: give a text")
     longest = min(state["settings"]["block_size"], model.config.block_size)  # as in training
-    ids, _ = bpe.encode_for_class(tokenizer, settings.classify, longest)
+    ids, _ = encode_for_class(loaded.tokenizer, settings.classify, longest)
+    idx, lengths = (
+        torch.tensor([ids], device=model.device),
+        torch.tensor([len(ids)], device=model.device),
+    )
     with torch.no_grad():
-        idx = torch.tensor([ids], device=model.device)
-        probs = model.classify(idx, torch.tensor([len(ids)], device=model.device))[0].softmax(-1).tolist()
-    for label, p in sorted(zip(state["labels"], probs, strict=True), key=lambda pair: -pair[1]):
+        probs = model.classify(idx, lengths)[0].softmax(-1).tolist()
+    by_probability = sorted(zip(probs, state["task"]["labels"], strict=True), reverse=True)
+    for p, label in by_probability:
         print(f"{label:20} {p:.1%}")
 
 
@@ -216,92 +222,122 @@ HELP = """/reset  forget the conversation        /temp 0.7  another temperature
 /save FILE  write it as JSON           /help  this list        /quit, or Ctrl-D"""
 
 
-def fit_chat(tokenizer, messages, template, room):
-    """The ids of a conversation that waits for a reply; its oldest turns are dropped until it fits into `room` tokens."""
-    messages = list(messages)
-    while True:
-        ids, _ = bpe.encode_chat(tokenizer, messages, template, reply=True)
-        first = 1 if messages[0]["role"] == "system" else 0
-        if len(ids) <= room or len(messages) <= first + 1:
-            return ids[-room:]
-        del messages[first : first + 2]
+class Chat:
+    """A conversation in the terminal: replies stream, Ctrl-C ends a reply, Ctrl-D the conversation.
 
+    A model that was not tuned on conversations gets no template: it continues the text so far.
+    """
 
-def chat(settings, model, tokenizer, ends, compiled_decode):
-    """A conversation in the terminal: the replies stream, Ctrl-C ends a reply, Ctrl-D the conversation."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives input() its history and editing)
-    s, template = settings, settings.template
-    if template == "auto":
-        template = bpe.template_for(tokenizer)
-    options = drawing(s, model, ends, compiled_decode)
-    beginning = [{"role": "system", "content": s.system}] if s.system else []
-    messages = list(beginning)
-    room = max(1, model.config.block_size - min(s.max_new_tokens, model.config.block_size // 2))
-    print(f"template {template}, temperature {s.temperature}; /help lists the commands", file=sys.stderr)
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        command, _, argument = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/reset":
-            messages = list(beginning)
-        elif command == "/temp":
+    def __init__(self, settings, loaded):
+        self.settings, self.loaded = settings, loaded
+        self.template = loaded.chat_template if settings.template == "auto" else settings.template
+        self.options = drawing(settings, loaded)
+        self.beginning = [{"role": "system", "content": settings.system}] if settings.system else []
+        self.messages = list(self.beginning)
+        block_size = loaded.model.config.block_size
+        self.room = max(1, block_size - min(settings.max_new_tokens, block_size // 2))
+
+    def run(self):
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (gives input() its history and editing)
+        if self.template is None:
+            print(
+                "this model was not tuned on conversations: it continues your text", file=sys.stderr
+            )
+        else:
+            print(f"template {self.template}, ", end="", file=sys.stderr)
+        print(
+            f"temperature {self.options['temperature']}; /help lists the commands", file=sys.stderr
+        )
+        while True:
             try:
-                options["temperature"] = max(0.0, float(argument))
-            except ValueError:
-                print(f"temperature={argument!r} must be a number: /temp 0.7")
-        elif command == "/save":
-            path = Path(argument or "chat.json")
-            if path.exists():
-                print(f"{path} is there already: /save ANOTHER_NAME")
-            else:
-                try:
-                    path.write_text(json.dumps(messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                    print(f"saved to {path}")
-                except OSError as error:
-                    print(f"not saved: {error}")
-        elif command.startswith("/"):
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                self.command(*line.partition(" ")[::2])
+            elif line:
+                self.reply(line)
+
+    def command(self, name, argument):
+        if name == "/reset":
+            self.messages = list(self.beginning)
+        elif name == "/temp":
+            self.set_temperature(argument)
+        elif name == "/save":
+            self.save(Path(argument or "chat.json"))
+        else:
             print(HELP)
-        elif line:
-            if unknown := tokenizer.unknown_characters(line):
-                print(f"the tokenizer does not know {' '.join(map(repr, unknown[:10]))}: leave them out")
-                continue
-            messages.append({"role": "user", "content": line})
-            ids = fit_chat(tokenizer, messages, template, room)
-            stream = TextStream(tokenizer, [*s.stop, "### Instruction:"] if template == "alpaca" else s.stop)
-            reply = ""
-            with contextlib.suppress(KeyboardInterrupt):
-                for new in model.stream(torch.tensor([ids], device=model.device), s.max_new_tokens, **options):
-                    if int(new) in ends:
-                        break
-                    text = stream.add(int(new))
-                    print(text, end="", flush=True)
-                    reply += text
-                    if stream.stopped:
-                        break
-            print(stream.rest())
-            messages.append({"role": "assistant", "content": reply + stream.rest()})
+
+    def set_temperature(self, text):
+        try:
+            self.options["temperature"] = max(0.0, float(text))
+        except ValueError:
+            print(f"temperature={text!r} must be a number: /temp 0.7")
+
+    def save(self, path):
+        if path.exists():
+            print(f"{path} is there already: /save ANOTHER_NAME")
+            return
+        try:
+            text = json.dumps(self.messages, indent=1, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
+            print(f"saved to {path}")
+        except OSError as error:
+            print(f"not saved: {error}")
+
+    def prompt(self):
+        """The ids of the conversation so far."""
+        if self.template is not None:
+            return fit_chat(self.loaded.tokenizer, self.messages, self.template, self.room)
+        text = "".join(message["content"] for message in self.messages)
+        return self.loaded.tokenizer.encode(text)[-self.room :]
+
+    def reply(self, line):
+        """Print the model's answer as it is made, and keep both."""
+        loaded, s = self.loaded, self.settings
+        try:
+            check_known(loaded.tokenizer, line)
+        except ValueError as error:
+            print(error)
+            return
+        self.messages.append({"role": "user", "content": line})
+        idx = torch.tensor([self.prompt()], device=loaded.model.device)
+        stops = [*s.stop, "### Instruction:"] if self.template == "alpaca" else s.stop
+        text_stream, reply = TextStream(loaded.tokenizer, stops), ""
+        with contextlib.suppress(KeyboardInterrupt):
+            for new in stream(loaded.model, idx, s.max_new_tokens, **self.options):
+                if int(new) in loaded.ends:
+                    break
+                text = text_stream.add(int(new))
+                print(text, end="", flush=True)
+                reply += text
+                if text_stream.stopped:
+                    break
+        rest = text_stream.rest()
+        print(rest)
+        self.messages.append({"role": "assistant", "content": reply + rest})
 
 
 def main(argv):
-    settings = config.configure(Settings, argv)
-    model, tokenizer, ends, state = load_model(settings)
+    settings = configure(Settings, argv)
+    loaded = load_model(settings)
     if settings.export:
-        model.save_pretrained(settings.export, tokenizer)
+        loaded.model.save_pretrained(settings.export, loaded.tokenizer)
         print(f"{settings.export} is a folder that transformers loads")
-        return
-    if settings.classify is not None:
-        return print_classes(settings, model, tokenizer, state)
-    compiled_decode = speed_up(model, settings.quantize, settings.compile)
-    talk = chat if settings.chat else write_samples
-    talk(settings, model, tokenizer, ends, compiled_decode)
+    elif settings.classify is not None:
+        print_classes(settings, loaded)
+    else:
+        loaded.compiled_decode = speed_up(loaded.model, settings.quantize, settings.compile)
+        if settings.chat:
+            Chat(settings, loaded).run()
+        else:
+            write_samples(settings, loaded)
 
 
 if __name__ == "__main__":
-    with config.errors_in_one_line():
+    with errors_in_one_line():
         main(sys.argv[1:])

@@ -5,7 +5,6 @@ Apart from prepare.py, which turns any text into tokens, because none of this kn
 
 import ast
 import csv
-import hashlib
 import io
 import json
 import os
@@ -22,8 +21,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from glass.shards import sha256_of
+
 BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
 HUGGING_FACE = "https://huggingface.co/datasets"
+TABLES = (".csv", ".tsv", ".jsonl", ".json")  # files of supervised data
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,20 @@ class Source:
 def standard_library():
     """The source files of the standard library in alphabetical order, without its tests and installed packages."""
     root = Path(os.__file__).parent
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not left_out.intersection(path.relative_to(root).parts))
+    left_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "__pycache__",
+    }
+    return sorted(
+        path
+        for path in root.rglob("*.py")
+        if not left_out.intersection(path.relative_to(root).parts)
+    )
 
 
 def python_sources():
@@ -94,7 +108,11 @@ def docstrings_of(tree):
 
 def ascii_text(text):
     """text with typographic quotes and dashes as ASCII, and without any other character that is not."""
-    return text.translate(str.maketrans("‘’“”–—…", "''\"\"--.")).encode("ascii", "ignore").decode("ascii")
+    return (
+        text.translate(str.maketrans("‘’“”–—…", "''\"\"--."))
+        .encode("ascii", "ignore")
+        .decode("ascii")
+    )
 
 
 def stdlib_documents():
@@ -114,8 +132,16 @@ def line_records():
         hidden = set()  # the lines of comments and of strings that may be documentation
         try:
             for token in tokenize.generate_tokens(io.StringIO(text).readline):
-                many_lines = token.type == tokenize.STRING and token.string.rstrip("\"'") and '"""' in token.string
-                if token.type == tokenize.COMMENT or many_lines or token.line.lstrip().startswith(("'", '"')):
+                many_lines = (
+                    token.type == tokenize.STRING
+                    and token.string.rstrip("\"'")
+                    and '"""' in token.string
+                )
+                if (
+                    token.type == tokenize.COMMENT
+                    or many_lines
+                    or token.line.lstrip().startswith(("'", '"'))
+                ):
                     hidden.update(range(token.start[0], token.end[0] + 1))
         except (tokenize.TokenError, IndentationError):
             continue
@@ -133,7 +159,12 @@ def line_records():
 def is_prose(line):
     """Four words or more, of letters and ordinary punctuation, with nothing that code alone has."""
     words = line.split()
-    return len(line) >= 20 and len(words) >= 4 and line.isascii() and not set(line) & set("=()[]{}<>_*\\|@#$%^&`~+/")
+    return (
+        len(line) >= 20
+        and len(words) >= 4
+        and line.isascii()
+        and not set(line) & set("=()[]{}<>_*\\|@#$%^&`~+/")
+    )
 
 
 WORDS = (
@@ -147,8 +178,10 @@ MORE_TASKS = {"add": 28_000, "subtract": 28_000, "sort": 14_000, "largest": 14_0
 
 
 def task_records(items_of_each_kind=2_500, more=6_000):
-    """Small instructions with checkable answers, {"kind", "instruction", "input", "output"}, in equal shares; then more for
-    the training split, in unequal ones."""
+    """Small instructions with checkable answers: {"kind", "instruction", "input", "output"}.
+
+    First as many of each kind; then more for the training split, in unequal shares.
+    """
     rng, seen = random.Random(1337), set()
 
     def new_ones(kind, count):
@@ -163,7 +196,9 @@ def task_records(items_of_each_kind=2_500, more=6_000):
     for kind in TASKS:
         yield from new_ones(kind, items_of_each_kind)
     for kind in TASKS:
-        yield from ({**record, "split": "train"} for record in new_ones(kind, MORE_TASKS.get(kind, more)))
+        yield from (
+            {**record, "split": "train"} for record in new_ones(kind, MORE_TASKS.get(kind, more))
+        )
 
 
 def some_words(rng, least, most):
@@ -217,7 +252,11 @@ def letters_task(rng):
 
 def initials_task(rng):
     words = some_words(rng, 4, 6)
-    return "Write the first letter of each word.", " ".join(words), "".join(word[0] for word in words)
+    return (
+        "Write the first letter of each word.",
+        " ".join(words),
+        "".join(word[0] for word in words),
+    )
 
 
 # Each draws from at least 10^5 possible items (36 words ^ 4, 26^4, 10^6 / 2 pairs of numbers ...).
@@ -240,14 +279,20 @@ def read_spam(path):
     with open(path, encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
             if len(row) != 2 or row[0] not in ("ham", "spam"):
-                raise ValueError(f"{path} line {number} is {row!r:.60}: needed is ham or spam, a tab and the message")
+                raise ValueError(
+                    f"{path} line {number} is {row!r:.60}: needed is ham or spam, a tab and the message"
+                )
             yield {"label": row[0], "text": row[1]}
 
 
 def read_instructions(path):
     for where, item in read_table(path):
         check_keys(where, item, ("instruction", "output"))
-        yield {"instruction": item["instruction"], "input": item.get("input", ""), "output": item["output"]}
+        yield {
+            "instruction": item["instruction"],
+            "input": item.get("input", ""),
+            "output": item["output"],
+        }
 
 
 def read_preferences(path):
@@ -259,13 +304,18 @@ def read_preferences(path):
 def read_table(path):
     """(where, row as a dict) of the rows of a .csv or .tsv file with a header, of a .jsonl file, or of a .json list."""
     path = Path(path)
-    if path.suffix not in (".csv", ".tsv", ".jsonl", ".json"):
-        raise ValueError(f"{path} ends in {path.suffix!r}: needed is .csv, .tsv, .jsonl or .json")
+    if path.suffix not in TABLES:
+        raise ValueError(f"{path} ends in {path.suffix!r}: needed is one of {' '.join(TABLES)}")
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix in (".csv", ".tsv"):
-            reader = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", restkey="", restval=None)
+            reader = csv.DictReader(
+                file, delimiter="," if path.suffix == ".csv" else "\t", restkey="", restval=None
+            )
             for row in reader:
-                yield f"{path} line {reader.line_num}", {key: value for key, value in row.items() if key and value is not None}
+                yield (
+                    f"{path} line {reader.line_num}",
+                    {key: value for key, value in row.items() if key and value is not None},
+                )
         elif path.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -281,7 +331,9 @@ def parse_json(text, where, kind):
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}): correct it") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{where} is a {type(value).__name__}, needed is a {kind.__name__}: correct it")
+        raise ValueError(
+            f"{where} is a {type(value).__name__}, needed is a {kind.__name__}: correct it"
+        )
     return value
 
 
@@ -289,9 +341,13 @@ def check_keys(where, item, keys):
     """ValueError, naming the place, where a row lacks one of the keys or has no text there."""
     for key in keys:
         if key not in item:
-            raise ValueError(f"{where} has {' '.join(sorted(item)) or 'nothing'} but no {key}: add it")
+            raise ValueError(
+                f"{where} has {' '.join(sorted(item)) or 'nothing'} but no {key}: add it"
+            )
         if not isinstance(item[key], str) or not item[key].strip():
-            raise ValueError(f"{where}: {key}={item[key]!r} must be a text that is not empty: fill it in, or remove the row")
+            raise ValueError(
+                f"{where}: {key}={item[key]!r} must be a text that is not empty: fill it in, or remove the row"
+            )
 
 
 TINY_SHAKESPEARE = Download(
@@ -334,37 +390,74 @@ def parquet_files(address, name, count, n_bytes):
 
 
 CONVERTED = "resolve/refs%2Fconvert%2Fparquet"  # the branch where Hugging Face keeps every dataset as parquet
-TINYSTORIES = parquet_files(f"roneneldan/TinyStories/{CONVERTED}/default/train", "{:04d}.parquet", 4, 250_000_000)
-OPENWEBTEXT = parquet_files(
-    f"Skylion007/openwebtext/{CONVERTED}/plain_text/partial-train", "{:04d}.parquet", 10, 300_000_000
+TINYSTORIES = parquet_files(
+    f"roneneldan/TinyStories/{CONVERTED}/default/train", "{:04d}.parquet", 4, 250_000_000
 )
-FINEWEB_EDU = parquet_files("karpathy/fineweb-edu-100b-shuffle/resolve/main", "shard_{:05d}.parquet", 20, 95_000_000)
+OPENWEBTEXT = parquet_files(
+    f"Skylion007/openwebtext/{CONVERTED}/plain_text/partial-train",
+    "{:04d}.parquet",
+    10,
+    300_000_000,
+)
+FINEWEB_EDU = parquet_files(
+    "karpathy/fineweb-edu-100b-shuffle/resolve/main", "shard_{:05d}.parquet", 20, 95_000_000
+)
 
 SOURCES = {
-    "pydoc": Source("documentation of Python itself (PSF licence)", documents=pydoc_documents, tokenizer="char"),
-    "stdlib": Source("source of Python's standard library (PSF licence)", documents=stdlib_documents),
-    "shakespeare_char": Source("Tiny Shakespeare (public domain)", (TINY_SHAKESPEARE,), tokenizer="char"),
+    "pydoc": Source(
+        "documentation of Python itself (PSF licence)", documents=pydoc_documents, tokenizer="char"
+    ),
+    "stdlib": Source(
+        "source of Python's standard library (PSF licence)", documents=stdlib_documents
+    ),
+    "shakespeare_char": Source(
+        "Tiny Shakespeare (public domain)", (TINY_SHAKESPEARE,), tokenizer="char"
+    ),
     "shakespeare": Source("Tiny Shakespeare (public domain)", (TINY_SHAKESPEARE,)),
-    "the_verdict": Source("The Verdict, a short story by Edith Wharton (public domain)", (THE_VERDICT,)),
-    "tinystories": Source("TinyStories, made by GPT-3.5 and GPT-4 (CDLA-Sharing-1.0)", TINYSTORIES, val_fraction=0.01),
-    "openwebtext": Source("a sample of OpenWebText: 10 files of 80 (CC0)", OPENWEBTEXT, val_fraction=0.005),
-    "fineweb_edu": Source("a sample of FineWeb-Edu: 20 files of 1,823 (ODC-By)", FINEWEB_EDU, val_fraction=0.005),
-    "tasks": Source("small instructions with checkable answers", records=task_records, kind="instructions"),
-    "lines": Source("lines of Python and of English (PSF licence)", records=line_records, kind="classification"),
-    "spam": Source("SMS Spam Collection (CC BY 4.0)", (SPAM,), records=read_spam, kind="classification"),
+    "the_verdict": Source(
+        "The Verdict, a short story by Edith Wharton (public domain)", (THE_VERDICT,)
+    ),
+    "tinystories": Source(
+        "TinyStories, made by GPT-3.5 and GPT-4 (CDLA-Sharing-1.0)", TINYSTORIES, val_fraction=0.01
+    ),
+    "openwebtext": Source(
+        "a sample of OpenWebText: 10 files of 80 (CC0)", OPENWEBTEXT, val_fraction=0.005
+    ),
+    "fineweb_edu": Source(
+        "a sample of FineWeb-Edu: 20 files of 1,823 (ODC-By)", FINEWEB_EDU, val_fraction=0.005
+    ),
+    "tasks": Source(
+        "small instructions with checkable answers", records=task_records, kind="instructions"
+    ),
+    "lines": Source(
+        "lines of Python and of English (PSF licence)", records=line_records, kind="classification"
+    ),
+    "spam": Source(
+        "SMS Spam Collection (CC BY 4.0)", (SPAM,), records=read_spam, kind="classification"
+    ),
     "instruct": Source(
-        "1,100 instructions (Apache 2.0)", (INSTRUCTIONS,), records=read_instructions, kind="instructions"
+        "1,100 instructions (Apache 2.0)",
+        (INSTRUCTIONS,),
+        records=read_instructions,
+        kind="instructions",
     ),
     "preferences": Source(
-        "1,100 pairs of answers (Apache 2.0)", (PREFERENCES,), records=read_preferences, kind="preferences"
+        "1,100 pairs of answers (Apache 2.0)",
+        (PREFERENCES,),
+        records=read_preferences,
+        kind="preferences",
     ),
 }
 
 
 def find_file(folder, download):
     """Where a file of a dataset lies already, or None. Tiny Shakespeare serves two datasets."""
-    beside = folder.parent / "shakespeare_char" / download.file if download is TINY_SHAKESPEARE else None
-    return next((path for path in (folder / download.file, beside) if path and path.is_file()), None)
+    beside = (
+        folder.parent / "shakespeare_char" / download.file if download is TINY_SHAKESPEARE else None
+    )
+    return next(
+        (path for path in (folder / download.file, beside) if path and path.is_file()), None
+    )
 
 
 def fetch(folder, download, attempts=5):
@@ -382,7 +475,9 @@ def fetch(folder, download, attempts=5):
             offline = isinstance(getattr(error, "reason", None), OSError) and not partial.is_file()
             if gone or offline or attempt == attempts - 1:
                 kept = f", the file {download.member} in it," if download.member else ""
-                raise OSError(f"no download of {download.url} ({error}): put that file{kept} at {path}") from error
+                raise OSError(
+                    f"no download of {download.url} ({error}): put that file{kept} at {path}"
+                ) from error
             time.sleep(2**attempt)
     if download.member:
         with zipfile.ZipFile(partial) as archive:
@@ -390,7 +485,9 @@ def fetch(folder, download, attempts=5):
         partial.write_bytes(partial_bytes)
     if download.sha256 and sha256_of(partial) != download.sha256:
         partial.unlink()
-        raise ValueError(f"{download.url} is not the file it was (its sha256 differs): put the right one at {path}")
+        raise ValueError(
+            f"{download.url} is not the file it was (its sha256 differs): put the right one at {path}"
+        )
     partial.replace(path)
     return path
 
@@ -416,8 +513,3 @@ def copy_from(url, partial):
                 bar.update(len(block))
     if expected and partial.stat().st_size < expected:
         raise OSError(f"the connection ended at byte {partial.stat().st_size} of {expected}")
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

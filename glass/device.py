@@ -1,0 +1,138 @@
+"""The machine: device, dtype of products, memory that is kept, and the processes of torchrun."""
+
+import contextlib
+import ctypes
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+PEAK_FLOPS = {  # a second, dense bfloat16: NVIDIA's data sheets
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
+
+
+def choose_device(name="auto"):
+    """A torch.device: 'auto' takes cuda, else mps, else cpu. Raises ValueError for one that is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps"
+        ) from error
+    if not {"cuda": cuda, "mps": mps}.get(device.type, True):
+        raise ValueError(
+            f"device={name} is not available to this torch ({torch.__version__}): "
+            "use --device=cpu, or install a torch for it"
+        )
+    n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise ValueError(
+            f"device={name} but there are {n_gpus} GPUs, counted from 0: choose one of them"
+        )
+    return device
+
+
+def choose_dtype(name, device):
+    """The torch.dtype of matrix products: 'auto', 'float32', 'bfloat16' or 'float16'.
+
+    'auto' is bfloat16 where it is fast. On a CPU that is where the processor multiplies bfloat16
+    itself: emulated, it is slower than float32. Raises ValueError for another name.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in dtypes:
+        return dtypes[name]
+    if name != "auto":
+        raise ValueError(f"dtype={name!r} must be one of auto {' '.join(dtypes)}")
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in dtype, while the float32 weights stay as they are."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def peak_flops(device):
+    """The published bfloat16 FLOPs a second of a GPU, or None for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep memory that is freed: handing pages back costs a third of a step on a CPU.
+
+    Sets M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3). Does nothing where the C library is another.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)
+        mallopt(-4, 0)
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows loads no library by None
+        pass
+
+
+@dataclass
+class Processes:
+    """The processes that train together: this one is `rank` of `size`. One process is 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def reduce(self, values, op=dist.ReduceOp.SUM):
+        """values (n,) of every process, summed or otherwise reduced; on the CPU where there are several."""
+        if self.size == 1:
+            return values
+        dtype = torch.float32 if self.device.type == "mps" else values.dtype  # mps has no float64
+        values = values.to(self.device, dtype)
+        dist.all_reduce(values, op)
+        return values.cpu()
+
+    def leave(self):
+        """Wait until every process is done with the others, then part."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def count_processes():
+    """How many processes torchrun has started: 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device, backend=None):
+    """The Processes that torchrun started, with this one's device; just this one without torchrun.
+
+    backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
+    """
+    if count_processes() == 1:
+        return Processes(device=device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # a restart finds the addresses of the dead in torchrun's store, so it looks under another prefix
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return Processes(rank, size, device)

@@ -1,0 +1,352 @@
+"""Text from a model, fast: cached decoding of many rows, sampling filters, and one-row products.
+
+`stream` yields ids as they are made; `generate` gives all of them; `speed_up` puts faster products
+in a model that only generates. `GPT.generate` in model.py is the plain version of the same.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from model import Attention, draw
+
+# Drawing the next token.
+
+
+def penalise(logits, seen, penalty):
+    """Make the ids seen so far less likely: logits (B, V), seen (B, V) bool -> (B, V).
+
+    Positive logits are divided by the penalty, negative ones multiplied. Source: CTRL, arXiv:1909.05858.
+    """
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
+    """Draw an id from each row: logits (B, V) -> (B,). temperature=0 takes the likeliest.
+
+    In this order: top_k keeps the k likeliest; min_p those at least min_p times as likely as the
+    likeliest (arXiv:2407.01082); top_p the fewest that hold top_p of the probability
+    (arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    ids = None  # of the candidates, likeliest first; None: all ids in order
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)  # (B, k)
+    elif top_p is not None:
+        logits, ids = logits.sort(dim=-1, descending=True)  # (B, V)
+    probs = F.softmax(logits / temperature, dim=-1)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    if top_p is not None:
+        held_by_likelier = probs.cumsum(-1) - probs
+        probs = probs.masked_fill(held_by_likelier >= top_p * probs.sum(-1, keepdim=True), 0.0)
+    drawn = draw(probs, generator)  # (B, 1)
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+
+
+# Many rows at once.
+
+
+class Rows:
+    """The texts of a batch while they grow: row b is the first lengths[b] ids of text[b]."""
+
+    def __init__(self, idx, lengths, room):
+        B, T = idx.shape
+        self.text = torch.cat([idx, idx.new_zeros(B, room)], dim=1)  # (B, T + room)
+        self.lengths = (
+            torch.full((B,), T, device=idx.device) if lengths is None else lengths.clone()
+        )
+        self.longest = int(self.lengths.max())  # a Python number, so that a GPU is not waited for
+        self.rows = torch.arange(B, device=idx.device)
+        self.columns = torch.arange(T + room, device=idx.device)
+
+    def append(self, ids):
+        """One id more for every row: ids (B,)."""
+        self.text[self.rows, self.lengths] = ids
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+
+    def seen(self, vocab_size):
+        """Which ids each row holds: (B, V) bool."""
+        is_padding = self.columns >= self.lengths[:, None]
+        ids = self.text.masked_fill(is_padding, vocab_size)
+        seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
+        return seen.scatter(1, ids, True)[:, :-1]
+
+    def last(self, lengths):
+        """The last lengths[b] ids of each row, right-padded: (B, the longest of them)."""
+        first = self.lengths - lengths
+        places = first[:, None] + self.columns[: int(lengths.max())]
+        return self.text.gather(1, places.clamp(max=self.text.shape[1] - 1))
+
+
+def prefill(model, rows, room, static):
+    """A cache of the rows' texts and the logits (B, V) of their next tokens.
+
+    A text that does not fit in the block is cut to its last half block. Rows that equal the one
+    before share its forward pass. room: how many tokens are still to come.
+    """
+    block_size, kept = model.config.block_size, rows.lengths
+    if rows.longest > block_size:
+        kept = kept.clamp(max=max(1, block_size // 2))
+    rows.longest = int(kept.max())  # from now on, of what the cache holds
+    keyed = torch.cat([kept[:, None], rows.last(kept)], dim=1)  # (B, 1 + longest)
+    distinct, source = torch.unique_consecutive(keyed, dim=0, return_inverse=True)
+    ends, window = distinct[:, 0] - 1, distinct[:, 1:]  # (b,), (b, longest)
+    max_len = min(block_size, rows.longest + room)
+    if static:  # few different lengths, since each is compiled anew
+        max_len = min(block_size, 128 * math.ceil(max_len / 128))
+    cache = model.new_cache(len(window), max_len)
+    x = model.hidden(window, cache)[rows.rows[: len(window)], ends]  # (b, C)
+    cache.set_rows(kept, source, static)
+    return cache, model.head(x).float()[source]
+
+
+@torch.no_grad()
+def stream(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=1.0,
+    stop=(),
+    lengths=None,
+    generator=None,
+    logprobs=False,
+    compiled_decode=None,
+):
+    """Yield the next id of every row, (B,), max_new_tokens times or until all rows gave one of `stop`.
+
+    idx (B, T), right-padded where lengths (B,) says how much of each row is real. A finished row
+    repeats its stop id. With logprobs, yields (ids, log-probabilities (B, V)) of the model itself,
+    before temperature, penalty and filters (see `sample`). Past block_size only the last half of each
+    row is kept. compiled_decode: what `speed_up` gave back, used for all but the prefill.
+    """
+    rows, decode = Rows(idx, lengths, max_new_tokens), compiled_decode or model.decode
+    seen = rows.seen(model.config.vocab_size) if repetition_penalty != 1.0 else None
+    stops = torch.tensor(sorted(stop), device=idx.device, dtype=torch.int64)
+    finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    cache, last_ids = None, None
+    for step in range(max_new_tokens):
+        if cache is None or rows.longest > model.config.block_size:
+            room = max_new_tokens - step
+            cache, logits = prefill(model, rows, room, static=compiled_decode is not None)
+        else:
+            logits = decode(last_ids, cache)  # (B, V)
+        penalised = logits if seen is None else penalise(logits, seen, repetition_penalty)
+        ids = sample(penalised, temperature, top_k, top_p, min_p, generator)  # (B,)
+        if step and len(stops):
+            ids = torch.where(finished, last_ids, ids)
+        yield (ids, F.log_softmax(logits, dim=-1)) if logprobs else ids
+        if len(stops):
+            finished = finished | torch.isin(ids, stops)
+            if bool(finished.all()):
+                return
+        if seen is not None:
+            seen[rows.rows, ids] = True
+        rows.append(ids)
+        last_ids = ids
+
+
+def generate(model, idx, max_new_tokens, **options):
+    """idx (B, T) -> (B, T + new): the prompts as given, then from column T on what `stream` yields."""
+    new = list(stream(model, idx, max_new_tokens, **options))
+    return torch.cat([idx, *(ids[:, None] for ids in new)], dim=1)
+
+
+def padded(sequences, device):
+    """Lists of ids as idx (B, T), right-padded with 0, and lengths (B,).
+
+    What the padding holds changes nothing, since attention is causal.
+    """
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    idx = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+    for row, ids in enumerate(sequences):
+        idx[row, : len(ids)] = torch.tensor(ids)
+    return idx.to(device), lengths.to(device)
+
+
+def answer(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
+    """The ids that the model answers to each prompt, lists both; a stop id, if it came, is the last.
+
+    Prompts of similar length are answered together. The model is put in evaluation mode meanwhile.
+    """
+    was_training = model.training
+    model.eval()
+    answers = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, len(prompts), batch_size):
+        chosen = by_length[first : first + batch_size]
+        idx, lengths = padded([prompts[i] for i in chosen], model.device)
+        options = dict(temperature=temperature, stop=stop, lengths=lengths)
+        new = generate(model, idx, max_new_tokens, **options)[:, idx.shape[1] :]
+        for i, ids in zip(chosen, new.tolist(), strict=True):
+            ends = [place for place, token in enumerate(ids) if token in stop]
+            answers[i] = ids[: ends[0] + 1] if ends else ids
+    model.train(was_training)
+    return answers
+
+
+class TextStream:
+    """Ids in, text out as soon as it is certain.
+
+    An unfinished UTF-8 character, or the beginning of a stop string, is held back.
+    """
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self.ids, self.shown = [], 0  # the last ids, and how many characters of their text are out
+
+    def add(self, token):
+        """The text that this id makes certain. A complete stop string sets `stopped`, and is left out."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        for stop in self.stop:
+            if stop in text[self.shown :]:
+                self.stopped, text = True, text[: text.index(stop, self.shown)]
+        certain = len(text) if self.stopped else len(text) - self.held_back(text)
+        certain = max(self.shown, certain)
+        new, self.shown = text[self.shown : certain], certain
+        if len(self.ids) > 256 and certain == len(text):  # decode a bounded number of ids each time
+            self.ids = self.ids[-16:]
+            self.shown = len(self.tokenizer.decode(self.ids))
+        return new
+
+    def held_back(self, text):
+        """How many characters at the end may still change."""
+        if text.endswith("\ufffd"):
+            return 1
+        starts = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(starts, default=0)
+
+    def rest(self):
+        """What was held back, once nothing follows."""
+        return "" if self.stopped else self.tokenizer.decode(self.ids)[self.shown :]
+
+
+# Faster products. A decoded token reads every weight once, so memory bandwidth is the limit, and fewer
+# bytes a weight are more tokens a second. nn.Linear uses one thread of a CPU for a single row.
+
+
+class RowLinear(nn.Module):
+    """nn.Linear that multiplies a single row on all cores: x (..., K) -> (..., N).
+
+    On two cores, float32 (1, 768) x (768, 3072): F.linear 554 us (17 GB/s), halves as a batch 374 us
+    (25 GB/s). Compiled, product and sum are one loop: 245 us (38 GB/s), in bfloat16 117 us (40 GB/s).
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias  # (N, K), (N,)
+
+    def forward(self, x):
+        N, K = self.weight.shape
+        is_row = x.numel() == K and x.device.type == "cpu"
+        if is_row and torch.compiler.is_compiling():
+            y = row_product(self.weight, x).to(x.dtype)  # (N,)
+        elif is_row and x.dtype == torch.float32:
+            halves = self.weight[: N // 2 * 2].view(2, N // 2, K).transpose(1, 2)  # (2, K, N / 2)
+            y = torch.bmm(x.reshape(1, 1, K).expand(2, 1, K), halves).flatten()
+            if N % 2:
+                y = torch.cat([y, F.linear(x.reshape(K), self.weight[-1:])])
+        else:
+            return F.linear(x, self.weight, self.bias)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], N)
+
+
+class Int8Linear(nn.Module):
+    """nn.Linear with weights rounded to int8 and a scale for each output row.
+
+    A weight is off by at most half a step; a step is about 1/127 of the largest weight of its row. On
+    a CPU, x is rounded to bfloat16 unless the product is compiled.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()  # (N, K)
+        largest = weight.abs().amax(dim=1).clamp(min=1e-12)
+        scale = (largest / 127).bfloat16()  # (N,), in the dtype that multiplies again
+        rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x):
+        N, K = self.weight.shape
+        if x.device.type != "cpu":
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        elif x.numel() == K and torch.compiler.is_compiling():
+            y = row_product(self.weight, x.float()) * self.scale.float()
+        else:
+            y = torch._weight_int8pack_mm(x.reshape(-1, K).bfloat16(), self.weight, self.scale)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], N).to(x.dtype)
+
+
+def row_product(weight, x):
+    """weight (N, K) times the one row of x, summed in float32, for the compiler: (N,).
+
+    as_strided makes the compiler store x first. Otherwise it would inline what made x (a norm, a GELU)
+    and compute that N times.
+    """
+    K = weight.shape[1]
+    x = x.contiguous().as_strided((1, K), (K, 1))
+    return (weight.float() * x.float()).sum(-1)
+
+
+class JoinedAttention(Attention):
+    """Attention whose three input projections are one product: 0.8 ms a token less for GPT-2 124M."""
+
+    def __init__(self, attn):
+        nn.Module.__init__(self)  # takes over the parts of attn instead of making new ones
+        self.layer, self.head_dim = attn.layer, attn.head_dim
+        self.n_head, self.n_kv_head = attn.n_head, attn.n_kv_head
+        parts = (attn.q_proj, attn.k_proj, attn.v_proj)
+        self.qkv_proj = nn.Linear(1, 1, device="meta")
+        weight = torch.cat([part.weight for part in parts])
+        self.qkv_proj.weight = nn.Parameter(weight, requires_grad=False)
+        self.qkv_proj.bias = None
+        if parts[0].bias is not None:
+            self.qkv_proj.bias = nn.Parameter(torch.cat([part.bias for part in parts]))
+        self.o_proj, self.prepare, self.attend = attn.o_proj, attn.prepare, attn.attend
+        self.attn_dropout, self.o_dropout = attn.attn_dropout, attn.o_dropout
+
+    def project(self, x):
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
+        return qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+
+
+def speed_up(model, quantize=None, compile=False):
+    """Put faster products into a model that only generates; gives `compiled_decode` for `stream`, or None.
+
+    LoRA is merged first. quantize='int8' rounds the weights of every product (not the embedding that
+    is looked up). With compile the first token after the prefill waits for the compiler, and a GPU
+    then replays the step as one CUDA graph.
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r} must be int8 or None")
+    model.merge_lora()
+    fast = RowLinear if quantize is None else Int8Linear
+    if quantize or model.device.type == "cpu":
+        for block in model.blocks:
+            block.attn = JoinedAttention(block.attn).train(model.training)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, fast(child))
+    if not compile:
+        return None
+    # The weights stay what they are. Looking for changes in every module would cost 0.4 ms a token of
+    # GPT-2 124M.
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    if model.device.type == "cuda":
+        options["triton.cudagraphs"] = True
+    return torch.compile(model.decode, dynamic=False, fullgraph=True, options=options)

@@ -1,0 +1,243 @@
+"""What a person sees of a run while it trains: lines or a bar, metrics.jsonl, loss.png, texts, W&B."""
+
+import contextlib
+import datetime
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+from glass.device import peak_flops
+
+QUICK = "quick_"  # before the name of a figure that only a few windows of the validation split gave
+
+
+class Progress:
+    """Shows and records a run, in its main process; in the others it does nothing."""
+
+    def __init__(self, run):
+        s, model = run.settings, run.model
+        self.run, self.is_main = run, run.processes.is_main
+        self.tokens_per_step = run.task.tokens_per_step
+        self.flops_per_step = model.flops_per_token(s.block_size) * self.tokens_per_step
+        peak = peak_flops(model.device)
+        self.peak_flops = peak and peak * run.processes.size
+        self.started_at = time.perf_counter()
+        self.paused_s, self.logged_at, self.logged_step = 0.0, 0.0, run.step
+        self.loss_sum = torch.zeros(1, device=model.device)  # of the steps since the last line
+        self.train_losses = []  # since the last evaluation
+        self.lines = []
+        if self.is_main:
+            self.file = self.open_metrics(run.folder / "metrics.jsonl")
+            self.wandb = start_wandb(s) if s.wandb_log else None
+            hidden = not sys.stderr.isatty()
+            self.bar = tqdm(
+                total=s.max_iters, initial=run.step, unit="step", disable=hidden, dynamic_ncols=True
+            )
+
+    def open_metrics(self, path):
+        """The file of metrics, without what an earlier life of the run wrote after its checkpoint."""
+        if path.exists():
+            run = self.run
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            evaluates_again = run.step % run.settings.eval_interval == 0
+            for line in lines:
+                comes_again = f"{QUICK}val_loss" in line or ("val_loss" in line and evaluates_again)
+                is_kept = line["step"] == run.step and not comes_again
+                if line["step"] < run.step or is_kept:
+                    self.lines.append(line)
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        return open(path, "a", buffering=1, encoding="utf-8")
+
+    def seconds(self):
+        """Seconds since the training began."""
+        return time.perf_counter() - self.started_at
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time in which no step is made: saving, evaluating, sampling."""
+        paused_at = self.seconds()
+        yield
+        self.paused_s += self.seconds() - paused_at
+
+    def write(self, **values):
+        self.lines.append(values)
+        self.file.write(json.dumps(values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
+
+    def add(self, loss):
+        """Count the loss of a micro-step."""
+        self.loss_sum += loss
+
+    def updated(self, step, grad_norm):
+        """`step` updates are done: write a line of the log where one is due."""
+        s, processes = self.run.settings, self.run.processes
+        if step % s.log_interval and step != s.max_iters:
+            return
+        total = processes.reduce(self.loss_sum).item() / processes.size
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        if self.is_main:
+            self.log(step, total / (step - self.logged_step), grad_norm)
+
+    def log(self, step, mean_loss, grad_norm):
+        """A line of the log. mean_loss is over the steps since the last line."""
+        s, now = self.run.settings, self.seconds() - self.paused_s
+        seconds_per_step = (now - self.logged_at) / (step - self.logged_step)
+        self.bar.update(step - self.logged_step)
+        self.logged_at, self.logged_step = now, step
+        self.train_losses.append(mean_loss)
+        rate, flops = (
+            self.tokens_per_step / seconds_per_step,
+            self.flops_per_step / seconds_per_step,
+        )
+        speed = {
+            "step_ms": round(1e3 * seconds_per_step, 3),
+            "tokens_per_s": round(rate),
+            "tflops": round(flops / 1e12, 4),
+        }
+        if self.peak_flops:
+            speed["mfu"] = round(flops / self.peak_flops, 4)
+        figures = self.run.task.take_figures()
+        lr, tokens = self.run.optimizers[0].param_groups[0]["lr"], step * self.tokens_per_step
+        self.write(
+            step=step, tokens=tokens, loss=mean_loss, **figures, lr=lr, grad_norm=grad_norm, **speed
+        )
+        if self.bar.disable:
+            left = datetime.timedelta(seconds=round((s.max_iters - step) * seconds_per_step))
+            shown = described({"loss": mean_loss, **figures})
+            timing = f"{1e3 * seconds_per_step:.1f} ms, {rate:,.0f} tokens/s, {left} left"
+            print(f"step {step}/{s.max_iters}: {shown}, {timing}", flush=True)
+        else:
+            self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
+
+    def evaluated(self, figures):
+        """Report an evaluation, redraw loss.png and show a sample of text."""
+        if not self.is_main:
+            return
+        run, step = self.run, self.run.step
+        seconds, parts, train_loss = self.seconds(), [], None
+        if self.train_losses:
+            train_loss = sum(self.train_losses) / len(self.train_losses)
+            parts.append(f"train loss {train_loss:.4f} (mean since the last evaluation)")
+        is_best = run.best_step == step
+        parts.append(described(figures))
+        parts.append("the best so far" if is_best else f"best {run.best_val_loss:.4f}")
+        say(f"step {step}: {', '.join(parts)}, after {seconds:.1f} s")
+        tokens = step * self.tokens_per_step
+        self.write(step=step, tokens=tokens, train_loss=train_loss, **figures, seconds=seconds)
+        self.train_losses = []
+        if run.settings.sample_tokens:
+            say(run.task.sample(run.model))
+        draw_losses(self.lines, run.folder / "loss.png")
+
+    def glanced(self, figures, few):
+        """Report a look at a few rows of the validation split, for the curve alone."""
+        if not self.is_main:
+            return
+        step = self.run.step
+        say(f"step {step}: {described(figures)} (a look at {few} validation rows)")
+        quick = {QUICK + name: value for name, value in figures.items()}
+        self.write(step=step, tokens=step * self.tokens_per_step, **quick)
+
+    def close(self, stop):
+        """Last words: how to go on from here. stop: the number of the signal that ended the run, or 0."""
+        if not self.is_main:
+            return
+        self.bar.close()
+        run, script = self.run, self.run.task.script
+        if stop:
+            say(
+                f"stopped by {signal.Signals(stop).name} after step {run.step}; {run.last_checkpoint()}"
+            )
+        if run.step < run.settings.max_iters and run.saved_step is not None:
+            say(f"to go on: python {script} --init_from=resume --out_dir={run.folder}")
+        say(
+            f"{self.seconds():.1f} s of training in all; for text: python sample.py --out_dir={run.folder}"
+        )
+
+
+def described(figures):
+    """Figures by name in words: `val loss 1.2345, val bits per byte 1.8000`."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+
+
+def say(text):
+    """Print above the progress bar, if there is one."""
+    tqdm.write(str(text), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def open_figure(**options):
+    """(pyplot, figure, axes), drawn without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot, *pyplot.subplots(layout="constrained", **options)
+
+
+def draw_losses(lines, path):
+    """loss.png: training and validation loss by tokens or, where a run has them, accuracy or reward by step."""
+    name, x, title = "loss", "tokens", "loss (nats per token)"
+    for other in ("accuracy", "reward"):
+        if any(other in line for line in lines):
+            name, x, title = other, "step", f"mean {other}"
+    curves = {
+        name: ("training", "-"),
+        f"{QUICK}val_{name}": ("validation, a few windows", ".--"),
+        f"val_{name}": ("validation", "o-"),
+    }
+    pyplot, figure, axes = open_figure(figsize=(7, 4.5))
+    for key, (label, style) in curves.items():
+        points = [(line[x], line[key]) for line in lines if key in line]
+        if points:
+            label = f"{label} {points[-1][1]:.3f}"
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+    axes.set(xlabel=x, ylabel=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_confusion(confusion, labels, path):
+    """A picture of how often each true class (row) was predicted as each class (column)."""
+    size = 2.5 + 0.6 * len(labels)
+    pyplot, figure, axes = open_figure(figsize=(size + 0.5, size))
+    axes.imshow(confusion, cmap="Blues")
+    half = max(map(max, confusion)) / 2
+    for true, row in enumerate(confusion):
+        for predicted, count in enumerate(row):
+            colour = "white" if count > half else "black"
+            axes.text(predicted, true, count, ha="center", va="center", color=colour)
+    places = range(len(labels))
+    axes.set(xlabel="predicted", ylabel="true", xticks=places, yticks=places)
+    axes.set_xticklabels(labels)
+    axes.set_yticklabels(labels)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def import_wandb():
+    """The package wandb. Raises ValueError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "wandb_log=True but wandb is not installed: pip install wandb, or leave it off"
+        ) from error
+    return wandb
+
+
+def start_wandb(settings):
+    wandb = import_wandb()
+    wandb.init(
+        project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings)
+    )
+    return wandb

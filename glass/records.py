@@ -1,0 +1,176 @@
+"""Rows of supervised data for finetune.py: read, checked, split in three, and dealt out in steps.
+
+A row is a pair of where it stands (for errors) and its fields, a dict.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import prepare
+from glass import sources
+from glass.progress import say
+from glass.shards import META, folder_of
+
+SPLITS = ("train", "val", "test")
+DATASET_KIND = {  # that a task needs
+    "classify": "classification",
+    "instruct": "instructions",
+    "reinforce": "instructions",
+    "prefer": "preferences",
+}
+
+
+@dataclass
+class Records:
+    """Rows of supervised data in three splits, and the sha256 of their fields."""
+
+    splits: dict
+    sha256: str
+
+
+def read_records(settings):
+    """The Records of a dataset or file, split as the settings ask. Raises ValueError with the bad line."""
+    s, path = settings, Path(settings.dataset)
+    splits_anew = s.val_share is not None or s.test_share is not None
+    if path.suffix in sources.TABLES:
+        if not path.is_file():
+            raise ValueError(
+                f"dataset={path} does not exist: name a file, or a dataset under data/"
+            )
+        splits, splits_anew = {"train": list(sources.read_table(path)), "val": [], "test": []}, True
+    else:
+        splits = read_prepared(s)
+    all_rows = [row for split in SPLITS for row in splits[split]]
+    for where, fields in all_rows:
+        check_row(where, fields, s.task)
+    shuffle = random.Random(s.seed)
+    if splits_anew:
+        splits = split_anew(all_rows, s, shuffle)
+    elif s.balance == "undersample":
+        splits = {split: undersample(rows, shuffle) for split, rows in splits.items()}
+    for split in ("train", "val"):
+        if not splits[split]:
+            raise ValueError(
+                f"dataset={s.dataset} leaves no row for {split}: "
+                "add rows, or change val_share and test_share"
+            )
+    fields = {split: [fields for _, fields in rows] for split, rows in splits.items()}
+    return Records(splits, hashlib.sha256(json.dumps(fields).encode()).hexdigest())
+
+
+def read_prepared(settings):
+    """The splits of a dataset under data/, which is prepared first if it is not there."""
+    name, task = settings.dataset, settings.task
+    folder = folder_of(name)
+    if not (folder / META).is_file():
+        say(f"dataset {name} is not there yet: preparing it")
+        prepare.prepare(prepare.Settings(name=name))
+    kind = json.loads((folder / META).read_text(encoding="utf-8"))["kind"]
+    if kind != DATASET_KIND[task]:
+        raise ValueError(
+            f"dataset={name} is of kind={kind} but task={task} needs {DATASET_KIND[task]}: "
+            "choose another"
+        )
+    return {split: list(sources.read_table(folder / f"{split}.jsonl")) for split in SPLITS}
+
+
+def check_row(where, fields, task):
+    """ValueError, naming the place, for a row that lacks what the task needs."""
+    if not isinstance(fields.get("kind", ""), str):
+        raise ValueError(
+            f"{where}: kind={fields['kind']!r} must be a text: correct it, or leave it out"
+        )
+    if task == "classify":
+        sources.check_keys(where, fields, ("text", "label"))
+    elif task == "prefer":
+        sources.check_keys(where, fields, ("instruction", "chosen", "rejected"))
+    elif "messages" in fields:
+        check_messages(where, fields["messages"])
+    else:
+        sources.check_keys(where, fields, ("instruction", "output"))
+
+
+def check_messages(where, messages):
+    """ValueError, naming the place, for a conversation that does not end with an answer."""
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or not str(last.get("content", "")).strip():
+        raise ValueError(
+            f"{where}: messages must end with what the assistant says: add it, or remove the row"
+        )
+    if len(messages) < 2 or not all(
+        isinstance(message.get("content"), str) for message in messages
+    ):
+        raise ValueError(
+            f"{where}: messages must be texts, of the user and then the assistant: correct it"
+        )
+
+
+def split_anew(rows, settings, shuffle):
+    """All rows in three splits by the seed. A text that occurs twice is kept once, so that no two splits share it."""
+    s, distinct = settings, {}
+    for where, fields in rows:
+        asked = fields.get("text")
+        if not asked:
+            asked = json.dumps(
+                fields.get("messages", [fields.get("instruction"), fields.get("input")])
+            )
+        distinct.setdefault(" ".join(asked.lower().split()), (where, fields))
+    rows = list(distinct.values())
+    if s.balance == "undersample":
+        rows = undersample(rows, shuffle)
+    shuffle.shuffle(rows)
+    val_share = 0.1 if s.val_share is None else s.val_share
+    test_share = 0.1 if s.test_share is None else s.test_share
+    n_val, n_test = round(val_share * len(rows)), round(test_share * len(rows))
+    n_held_out = n_val + n_test
+    return {"train": rows[n_held_out:], "val": rows[:n_val], "test": rows[n_val:n_held_out]}
+
+
+def undersample(rows, shuffle):
+    """As many rows of each label as the rarest has."""
+    by_label = {}
+    for row in rows:
+        by_label.setdefault(row[1]["label"], []).append(row)
+    least = min(map(len, by_label.values()), default=0)
+    return [row for label in sorted(by_label) for row in shuffle.sample(by_label[label], least)]
+
+
+def spread(examples, n):
+    """At most n of the examples, evenly spaced."""
+    return [examples[i * len(examples) // n] for i in range(n)] if n < len(examples) else examples
+
+
+class StepOrder:
+    """Which examples each step takes: a function of the seed and the step alone.
+
+    An epoch is a permutation of the examples, cut into steps of `size`; what does not fill a step is
+    left to the next epoch's. A step holds examples of all lengths, sorted, so that its micro-steps hold
+    little padding. (Steps of one length each would hold few kinds of examples, and taught half as
+    fast.)
+    """
+
+    def __init__(self, lengths, size, seed):
+        self.lengths, self.size, self.seed = np.array(lengths), size, seed
+        if len(lengths) < size:
+            raise ValueError(
+                f"batch_size x gradient_accumulation_steps={size} but there are {len(lengths)} training "
+                "rows: lower batch_size"
+            )
+        self.steps_per_epoch = len(lengths) // size
+
+    def of_epoch(self, epoch):
+        """The places of the examples of each step: (steps, size)."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+        steps = order[: self.steps_per_epoch * self.size].reshape(-1, self.size)
+        by_length = self.lengths[steps].argsort(axis=1, kind="stable")
+        return np.take_along_axis(steps, by_length, axis=1)
+
+    def of_step(self, step):
+        """The places of the examples of one step: (size,)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.of_epoch(epoch)[place]

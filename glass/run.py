@@ -1,0 +1,221 @@
+"""A run: where it stands, how it is saved, and how it is resumed.
+
+A run trains a model at a task. The task is what train.py and finetune.py each bring: `script`,
+`tokenizer`, `data_sha256`, `tokens_per_step`, and
+
+    begin(model)                             what is to be remembered of the model at the start
+    rows(first, count)                       rows of the endless list that the run works through
+    loss(model, rows, step_rows, step)       what `rows`, some of the step's, add to its mean loss
+    evaluate(model, context, processes, few=None)     figures by name, val_loss among them
+    sample(model)                            text to look at after an evaluation
+    take_figures()                           figures of the steps since the last call
+    state(), restore(model, saved)           what a checkpoint holds of the task
+"""
+
+import math
+import os
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from glass import checkpoint
+from glass.device import choose_dtype
+from glass.optim import load_moments, make_optimizers
+from glass.progress import say
+from glass.settings import defaults_of, with_role
+from model import GPTConfig
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which a run ends
+
+
+def settle(given, Settings, script):
+    """(settings, chosen, state): this run's settings, and the checkpoint it goes on from, or None.
+
+    `chosen` has every setting as it was given or by default, nothing derived: checkpoints keep that, so
+    that a resumed run derives anew. On resumption the checkpoint's settings are the base and given ones
+    override them: fixed ones are refused by name, tunable ones named in a line, free ones pass.
+    """
+    init_from = given.get("init_from", Settings.init_from)
+    can_resume = checkpoint.saved_steps(given.get("out_dir", Settings.out_dir))
+    if init_from != "resume" and not (init_from == "auto" and can_resume):
+        chosen = defaults_of(Settings) | given
+        return Settings(**chosen), chosen, None
+    out_dir = str(given.get("out_dir") or checkpoint.newest_run())
+    state = checkpoint.load(out_dir)
+    before = state["settings"]
+    made_by = "finetune.py" if "task" in before else "train.py"
+    if made_by != script:
+        raise ValueError(
+            f"the run in {out_dir} was made by {made_by}, not {script}: "
+            f"python {made_by} --init_from=resume --out_dir={out_dir}"
+        )
+    tunable, free = with_role(Settings, "tunable"), with_role(Settings, "free")
+    changed = {name: value for name, value in given.items() if value != before.get(name)}
+    for name in sorted(changed.keys() - tunable - free):
+        raise ValueError(
+            f"{name}={changed[name]} but the run in {out_dir} has {name}={before.get(name)}, which its "
+            "weights and state depend on: leave it, or start a new run"
+        )
+    if named := sorted(changed.keys() & tunable):
+        changes = (f"{name}={changed[name]} (was {before.get(name)})" for name in named)
+        say("resuming with " + ", ".join(changes))
+    if given.get("max_iters", before["max_iters"]) < state["step"]:
+        raise ValueError(
+            f"max_iters={given.get('max_iters', before['max_iters'])} but the run in {out_dir} has made "
+            f"{state['step']} steps: give more, or start a new run"
+        )
+    origin = {"init_from": before["init_from"], "out_dir": out_dir, "overwrite": False}
+    chosen = defaults_of(Settings) | before | given | origin
+    return Settings(**chosen), chosen, state
+
+
+def resumed_config(state, settings):
+    """The GPTConfig of a checkpoint's model, with those of its settings that this run may choose."""
+    choosable = with_role(GPTConfig, "tunable") | with_role(GPTConfig, "free")
+    chosen = {name: getattr(settings, name) for name in choosable}
+    return GPTConfig(**state["model_config"] | chosen)
+
+
+def claim_folder(settings, resumes):
+    """(settings, lock): settings with an out_dir that no other run has; the folder is made and locked.
+
+    A folder that holds a run is left alone and the next free name taken, unless the run is resumed or
+    overwrite is set, which removes the old run.
+    """
+    wanted = folder = str(Path(settings.out_dir))
+    may_reuse = resumes or settings.overwrite or settings.init_from == "auto"
+    number = 1
+    while not may_reuse and holds_run(folder):
+        number += 1
+        folder = f"{wanted}-{number}"
+    if number > 1:
+        say(
+            f"{wanted} holds a run already, so this one goes to {folder} (--overwrite=True reuses it)"
+        )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.lock(folder)
+    if settings.overwrite and not resumes:
+        checkpoint.remove_run(folder)
+    return replace(settings, out_dir=folder), lock
+
+
+def holds_run(folder):
+    return (Path(folder) / "config.json").exists() or bool(checkpoint.saved_steps(folder))
+
+
+class Run:
+    """All that a checkpoint holds: model, optimizers, scaler, task, step and best loss."""
+
+    def __init__(self, settings, chosen, model, task, processes):
+        self.settings, self.chosen, self.folder = settings, chosen, Path(settings.out_dir)
+        self.model, self.task, self.processes = model, task, processes
+        self.optimizers = make_optimizers(model, settings)
+        dtype = choose_dtype(settings.dtype, model.device)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
+        self.step = 0  # updates done
+        self.best_val_loss, self.best_step = math.inf, None
+        self.evaluated_step, self.evaluations_without_better = None, 0
+        self.saved_step, self.skipped_in_a_row = None, 0
+
+    def restore(self, state):
+        """Go on where a checkpoint's state stands; rates and the like stay those of this run's settings."""
+        self.model.load_state_dict(state["model"])
+        load_moments(self.optimizers, state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():  # one that was disabled saved nothing
+            self.scaler.load_state_dict(state["scaler"])
+        self.task.restore(self.model, state["task"])
+        self.step = self.saved_step = state["step"]
+        self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
+        self.evaluated_step = state["evaluated_step"]
+        self.evaluations_without_better = state["evaluations_without_better"]
+        if self.best_step == self.step and self.processes.is_main:
+            checkpoint.mark_best(
+                self.folder, self.step
+            )  # the run may have been killed just before that
+
+    def save(self):
+        """Write the checkpoint of this step, once, from the main process. Where it fails, training goes on."""
+        if not self.processes.is_main or self.saved_step == self.step:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
+            "evaluated_step": self.evaluated_step,
+            "evaluations_without_better": self.evaluations_without_better,
+            "settings": self.chosen,
+            "model_config": asdict(self.model.config),
+            "tokenizer": self.task.tokenizer.to_dict(),
+            "data": self.task.data_sha256,
+            "task": self.task.state(),
+        }
+        try:
+            checkpoint.save(self.folder, self.step, state)
+            self.saved_step = self.step
+        except OSError as error:
+            say(
+                f"WARNING: no checkpoint at step {self.step}: {error}; training goes on, "
+                f"{self.last_checkpoint()}"
+            )
+
+    def note_evaluation(self, val_loss, is_final):
+        """Count the evaluation of this step, and make its checkpoint the best where the loss is the lowest.
+
+        A resumed run may evaluate its first step again: that counts once. Where the run ends here, the
+        checkpoint is written once more, with this evaluation in it.
+        """
+        if self.evaluated_step == self.step:
+            return
+        self.evaluated_step = self.step
+        self.evaluations_without_better += 1
+        is_best = val_loss < self.best_val_loss
+        if is_best:
+            self.best_val_loss, self.best_step = val_loss, self.step
+            self.evaluations_without_better = 0
+        if is_final:
+            self.saved_step = None
+        if is_best or is_final:
+            self.save()
+        if is_best and self.processes.is_main and self.saved_step == self.step:
+            try:
+                checkpoint.mark_best(self.folder, self.step)
+            except OSError as error:
+                say(f"WARNING: best.pt is not that of step {self.step}: {error}; training goes on")
+
+    def count_skipped(self, grad_norm):
+        """Count steps in a row whose gradient is not finite. Raises ValueError after MAX_SKIPPED."""
+        self.skipped_in_a_row = 0 if math.isfinite(grad_norm) else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise ValueError(
+                f"the gradient of {MAX_SKIPPED} steps in a row, up to {self.step}, is not finite: lower "
+                f"learning_rate={self.settings.learning_rate} and resume; {self.last_checkpoint()}"
+            )
+
+    def last_checkpoint(self):
+        steps = checkpoint.saved_steps(self.folder)
+        if not steps:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is {checkpoint.checkpoint_path(self.folder, steps[-1])}"
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGUSR1 (Slurm's warning), so that the loop saves and stops.
+
+    A second SIGINT ends the process at once: nothing is half written, since files are renamed into
+    place.
+    """
+
+    def __init__(self):
+        self.received = 0
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.note)
+
+    def note(self, number, frame):
+        if number == self.received == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = number

@@ -1,0 +1,295 @@
+"""Tokens on disk: shards, meta.json beside them, and the rows and windows that are read from them.
+
+data/NAME/train_000000.bin, val_000000.bin ... hold raw little-endian uint16 (uint32 above 65,536
+ids) without a header. meta.json says what is in them and holds the tokenizer; it is written last, so
+without it there is no dataset. nanoGPT's train.bin and val.bin, and llm.c's shards with their header,
+are read as GPT-2's tokens. All of it is numpy: train.py makes tensors of it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import bpe
+
+DATA = Path("data")
+META = "meta.json"
+GPT2_VOCAB_SIZE = 50_257
+LLMC_MAGIC, LLMC_HEADER = (
+    20240520,
+    256,
+)  # llm.c's header: 256 int32, being magic, version, tokens, 0 ...
+
+
+def folder_of(name):
+    """Where a dataset lies; a name with a slash is a folder itself."""
+    return Path(name) if "/" in str(name) else DATA / name
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path, content):
+    """Replace a file at once: whatever happens, it is the old or the new one, whole."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+# Writing.
+
+
+def token_dtype(vocab_size):
+    """The numpy dtype of tokens on disk."""
+    return "<u2" if vocab_size <= 65_536 else "<u4"
+
+
+class ShardWriter:
+    """Appends tokens to the shards of one split. `about` describes them, and suffices to go on later."""
+
+    def __init__(self, folder, split, dtype, shard_tokens, about=None):
+        self.folder, self.split = folder, split
+        self.itemsize, self.shard_tokens = np.dtype(dtype).itemsize, shard_tokens
+        self.about = about or dict(tokens=0, documents=0, characters=0, bytes=0, shards=[])
+        self.file = None
+        last = self.about["shards"][-1] if self.about["shards"] else None
+        if last and "sha256" not in last:  # it was still growing when `about` was saved
+            self.file = open(folder / last["file"], "r+b")
+            self.file.truncate(last["tokens"] * self.itemsize)  # what came after that
+            self.file.seek(0, os.SEEK_END)
+
+    def append(self, tokens, documents, characters, n_bytes):
+        """Append tokens, given as bytes, and count what they were made from."""
+        about = self.about
+        begins_split = not about["tokens"]
+        while tokens:
+            if self.file is None:
+                name = f"{self.split}_{len(about['shards']):06d}.bin"
+                about["shards"].append({"file": name, "tokens": 0})
+                self.file = open(self.folder / name, "wb")
+            shard = about["shards"][-1]
+            room = (self.shard_tokens - shard["tokens"]) * self.itemsize
+            now, tokens = tokens[:room], tokens[room:]
+            self.file.write(now)
+            shard["tokens"] += len(now) // self.itemsize
+            about["tokens"] += len(now) // self.itemsize
+            if shard["tokens"] == self.shard_tokens:
+                self.close_shard()
+        about["documents"] += documents + begins_split
+        about["characters"] += characters
+        about["bytes"] += n_bytes
+
+    def sync(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close_shard(self):
+        if self.file:
+            self.sync()
+            self.file.close()
+            self.file = None
+            shard = self.about["shards"][-1]
+            shard["sha256"] = sha256_of(self.folder / shard["file"])
+
+
+# Opening.
+
+
+@dataclass
+class Dataset:
+    """A text dataset as open_dataset found it."""
+
+    folder: Path
+    tokenizer: bpe.Tokenizer
+    tokenizer_dict: dict
+    meta: dict
+    splits: dict  # "train" and "val": a list of 1-D memory maps of tokens each
+    bytes_per_token: dict  # of each split, for bits per byte
+    sha256: str  # of all shards together
+
+
+def open_dataset(name):
+    """The Dataset in data/NAME, checked against its meta.json; without one nanoGPT's or llm.c's files.
+
+    Raises FileNotFoundError where nothing is prepared, ValueError where the files are not what
+    meta.json says.
+    """
+    folder = folder_of(name)
+    if not (folder / META).is_file():
+        return open_foreign(name, folder)
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    if meta["kind"] != "text":
+        raise ValueError(
+            f"dataset {name} is of kind={meta['kind']}, needed is text: finetune.py takes this one"
+        )
+    splits = {}
+    for split, about in meta["splits"].items():
+        paths = [(folder / shard["file"], shard["tokens"]) for shard in about["shards"]]
+        splits[split] = [map_own_shard(path, tokens, meta["dtype"]) for path, tokens in paths]
+    check_tokens(folder, splits, meta["vocab_size"])
+    tokenizer = bpe.load_tokenizer(meta["tokenizer"])
+    bytes_per_token = {
+        split: about["bytes"] / max(1, about["tokens"]) for split, about in meta["splits"].items()
+    }
+    identity = meta["tokenizer"], meta, splits, bytes_per_token, meta["sha256"]
+    return Dataset(folder, tokenizer, *identity)
+
+
+def map_own_shard(path, tokens, dtype):
+    """A memory map of a shard. Raises ValueError where it does not have that many tokens."""
+    needed = tokens * np.dtype(dtype).itemsize
+    found = path.stat().st_size if path.is_file() else 0
+    if found != needed or not path.is_file():
+        raise ValueError(f"{path} has {found:,} bytes, {META} says {needed:,}: prepare it again")
+    return np.memmap(path, dtype, "r")
+
+
+def open_foreign(name, folder):
+    """nanoGPT's train.bin and val.bin, or llm.c's *train*.bin and *val*.bin, as GPT-2's tokens."""
+    paths = {split: sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")}
+    all_paths = paths["train"] + paths["val"]
+    is_llmc = paths["train"] and all(map(has_header, all_paths))
+    is_nanogpt = all_paths == [folder / "train.bin", folder / "val.bin"]
+    if (folder / "meta.pkl").is_file():
+        raise ValueError(
+            f"{folder}/meta.pkl can run code and is not read: "
+            f"remove it and run python prepare.py {name}"
+        )
+    if (folder / "progress.json").is_file() or not (is_llmc or is_nanogpt):
+        raise FileNotFoundError(
+            f"dataset {name} is not prepared in {folder}: run python prepare.py {name}, "
+            "with --input FILE if it is your own text"
+        )
+    print(f"{folder} has no {META}: its tokens are taken as GPT-2's")
+    splits = {split: [map_foreign_shard(path) for path in found] for split, found in paths.items()}
+    check_tokens(folder, splits, GPT2_VOCAB_SIZE)
+    tokenizer = bpe.BPETokenizer.from_gpt2()
+    bytes_per_token = {}
+    for split, shards in splits.items():
+        ids = shards[0][:100_000] if shards else []
+        bytes_per_token[split] = len(tokenizer.decode_bytes(ids)) / max(1, len(ids))
+    sizes = {path.name: path.stat().st_size for path in all_paths}
+    digest = hashlib.sha256(json.dumps(sizes).encode())
+    for shard in splits["train"] + splits["val"]:
+        digest.update(shard[:1_000_000].tobytes())
+    meta = dict(kind="text", name=str(name), dtype="<u2", vocab_size=GPT2_VOCAB_SIZE, files=sizes)
+    identity = tokenizer.to_dict(), meta, splits, bytes_per_token, digest.hexdigest()
+    return Dataset(folder, tokenizer, *identity)
+
+
+def has_header(path):
+    with open(path, "rb") as file:
+        return file.read(4) == np.array([LLMC_MAGIC], "<i4").tobytes()
+
+
+def map_foreign_shard(path):
+    """A memory map of the tokens in nanoGPT's or llm.c's file."""
+    if not has_header(path):
+        return np.memmap(path, "<u2", "r")
+    _, version, tokens = np.fromfile(path, "<i4", 3).tolist()
+    n_bytes = path.stat().st_size
+    if version != 1 or n_bytes != LLMC_HEADER * 4 + tokens * 2:
+        raise ValueError(
+            f"{path} has version={version} and {n_bytes:,} bytes for {tokens:,} tokens: "
+            "needed is version 1, a header of 1,024 bytes and two bytes per token"
+        )
+    return np.memmap(path, "<u2", "r", offset=LLMC_HEADER * 4)
+
+
+def check_tokens(folder, splits, vocab_size):
+    """ValueError where the first million tokens of a split hold one beyond the vocabulary."""
+    for split, shards in splits.items():
+        beginnings = [shard[:1_000_000] for shard in shards[:1] if len(shard)]
+        largest = max((int(tokens.max()) for tokens in beginnings), default=0)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{folder} holds token {largest} in {split} but vocab_size={vocab_size}: "
+                "run prepare.py again with --overwrite=True"
+            )
+
+
+# Reading.
+
+
+class Windows:
+    """The training split as an endless list of rows of block_size + 1 tokens.
+
+    Row r is a function of the seed and r alone. An epoch goes through the shards, and through the
+    windows in a shard, in a seeded order without replacement. Each epoch has its own order, and each
+    shard in it its own offset, so that windows are cut elsewhere every time.
+    """
+
+    def __init__(self, shards, block_size, seed):
+        self.T, self.seed = block_size, seed
+        self.shards = [shard for shard in shards if len(shard) > block_size]
+        # one window fewer than fits, so that every offset below block_size leaves as many
+        self.counts = [max(1, len(shard) // block_size - 1) for shard in self.shards]
+        self.epoch_rows = sum(self.counts)
+        if not self.epoch_rows:
+            longest = max((len(shard) for shard in shards), default=0)
+            raise ValueError(
+                f"the training text has {longest} tokens but block_size={block_size} needs one more "
+                "than that: lower block_size or add text"
+            )
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (one object per run)
+    def order(self, epoch):
+        """The order of the shards in an epoch, and the row at which each begins and the last ends."""
+        shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
+        return shards, np.cumsum([0, *(self.counts[s] for s in shards)])
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def starts(self, epoch, shard):
+        """The first token of each window of a shard, in the order of that epoch."""
+        random, T, count = (
+            np.random.default_rng((self.seed, epoch, shard)),
+            self.T,
+            self.counts[shard],
+        )
+        offset = random.integers(min(T, len(self.shards[shard]) - count * T))
+        return offset + T * random.permutation(count)
+
+    def rows(self, first, count):
+        """Rows first to first + count - 1: (count, T + 1) int64; inputs [:, :-1], targets [:, 1:]."""
+        pieces = []
+        while count:
+            epoch, row = divmod(first, self.epoch_rows)
+            shards, begins = self.order(epoch)
+            place = int(np.searchsorted(begins, row, side="right")) - 1
+            shard = int(shards[place])
+            starts = self.starts(epoch, shard)[row - begins[place] :][:count]
+            tokens = self.shards[shard][starts[:, None] + np.arange(self.T + 1)]
+            pieces.append(tokens.astype(np.int64))
+            first, count = first + len(starts), count - len(starts)
+        return np.concatenate(pieces)
+
+
+def evaluation_batches(shards, block_size, batch_size, n_batches=None):
+    """Yield (idx, targets), each (batch_size, T) int64, over a split.
+
+    Window i of a shard is its tokens iT to iT + T, so that every token after a shard's first is scored
+    once. A last window may be shorter and a last batch smaller: what is missing has targets -100.
+    n_batches: only so many, evenly spaced; None takes all.
+    """
+    starts = [(shard, start) for shard in shards for start in range(0, len(shard) - 1, block_size)]
+    batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
+    if n_batches is not None and n_batches < len(batches):
+        batches = [batches[i * len(batches) // n_batches] for i in range(n_batches)]
+    for batch in batches:
+        idx = np.zeros((batch_size, block_size), np.int64)
+        targets = np.full((batch_size, block_size), -100, np.int64)
+        for row, (shard, start) in enumerate(batch):
+            tokens = shard[start : start + block_size + 1].astype(np.int64)
+            idx[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+        yield idx, targets

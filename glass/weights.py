@@ -1,0 +1,628 @@
+"""Published weights in and out: Hugging Face folders of the GPT-2 and Llama kinds, with their tokenizers.
+
+    model = GPT.from_pretrained("llama3.2-1b")           # a preset, a name on the hub, or a folder
+    tokenizer = load_tokenizer("llama3.2-1b")
+    model.save_pretrained("out/export", tokenizer)       # a folder that transformers loads
+
+A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json names.
+GPT-2's kind is GPT2LMHeadModel, Llama's LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama ...). Anything
+else is refused by name: a model that loads is the published model. The tables on top are the only home
+of Hugging Face's names.
+"""
+
+import difflib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import bpe
+from glass import checkpoint
+from glass.device import choose_device, choose_dtype
+from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
+from model import GPT, GPTConfig
+
+HUB = {  # where the presets of model.py are published
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+}
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+GENERATION = "generation_config.json"
+DOWNLOADED = [
+    CONFIG,
+    INDEX,
+    "model*.safetensors",
+    GENERATION,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    "chat_template.jinja",
+]
+
+
+@dataclass
+class Layout:
+    """How Hugging Face writes one architecture. In names of modules, * is the number of the block."""
+
+    architecture: str
+    model_type: str
+    prefix: str  # of every tensor but the head's; files of the bare model lack it
+    modules: dict  # their module: ours; where several of ours are named, theirs holds them as one
+    settings: (
+        dict  # their key: (our setting, its value where config.json has none, or ... if required)
+    )
+    supported: (
+        dict  # their key: the values that we compute, the default first; None: no such key, or null
+    )
+    transposed: tuple = ()  # modules whose weight is stored (in, out)
+    ignored: str = r"$^"  # tensors that hold no weights
+
+
+GPT2 = Layout(
+    architecture="GPT2LMHeadModel",
+    model_type="gpt2",
+    prefix="transformer.",
+    modules={
+        "wte": "tok_emb",
+        "wpe": "pos_emb",
+        "h.*.ln_1": "blocks.*.attn_norm",
+        "h.*.attn.c_attn": "blocks.*.attn.q_proj blocks.*.attn.k_proj blocks.*.attn.v_proj",
+        "h.*.attn.c_proj": "blocks.*.attn.o_proj",
+        "h.*.ln_2": "blocks.*.mlp_norm",
+        "h.*.mlp.c_fc": "blocks.*.mlp.up_proj",
+        "h.*.mlp.c_proj": "blocks.*.mlp.down_proj",
+        "ln_f": "final_norm",
+        "lm_head": "head",
+    },
+    settings={
+        "vocab_size": ("vocab_size", ...),
+        "n_positions": ("block_size", 1024),
+        "n_embd": ("n_embd", ...),
+        "n_layer": ("n_layer", ...),
+        "n_head": ("n_head", ...),
+        "n_inner": ("n_inner", None),
+        "layer_norm_epsilon": ("norm_eps", 1e-5),
+        "tie_word_embeddings": ("tie_weights", True),
+    },
+    supported={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu2"),
+        "scale_attn_weights": (True, None),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "add_cross_attention": (False, None),
+        "quantization_config": (None,),
+    },
+    transposed=("c_attn", "c_proj", "c_fc"),
+    ignored=r"h\.\d+\.attn\.(bias|masked_bias)$",  # the causal mask
+)
+
+LLAMA = Layout(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    prefix="model.",
+    modules={
+        "embed_tokens": "tok_emb",
+        "layers.*.input_layernorm": "blocks.*.attn_norm",
+        "layers.*.self_attn.q_proj": "blocks.*.attn.q_proj",
+        "layers.*.self_attn.k_proj": "blocks.*.attn.k_proj",
+        "layers.*.self_attn.v_proj": "blocks.*.attn.v_proj",
+        "layers.*.self_attn.o_proj": "blocks.*.attn.o_proj",
+        "layers.*.post_attention_layernorm": "blocks.*.mlp_norm",
+        "layers.*.mlp.gate_proj": "blocks.*.mlp.gate_proj",
+        "layers.*.mlp.up_proj": "blocks.*.mlp.up_proj",
+        "layers.*.mlp.down_proj": "blocks.*.mlp.down_proj",
+        "norm": "final_norm",
+        "lm_head": "head",
+    },
+    settings={
+        "vocab_size": ("vocab_size", ...),
+        "max_position_embeddings": ("block_size", 2048),
+        "hidden_size": ("n_embd", ...),
+        "num_hidden_layers": ("n_layer", ...),
+        "num_attention_heads": ("n_head", ...),
+        "num_key_value_heads": ("n_kv_head", None),
+        "head_dim": ("head_dim", None),
+        "intermediate_size": ("n_inner", ...),
+        "rms_norm_eps": ("norm_eps", 1e-6),
+        "mlp_bias": ("bias", False),
+        "attention_bias": ("qkv_bias", False),
+        "tie_word_embeddings": ("tie_weights", False),
+    },
+    supported={
+        "hidden_act": ("silu", "swish", None),
+        "sliding_window": (None,),
+        "quantization_config": (None,),
+    },
+    ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",
+)
+LAYOUTS = (GPT2, LLAMA)
+BY_TYPE = {
+    layout.model_type: layout.architecture for layout in LAYOUTS
+}  # if config.json names no architecture
+LLAMA3_SCALING = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+# settings that say what the weights mean: a loaded model keeps them
+ARCHITECTURE = set(
+    "vocab_size n_layer n_head n_kv_head n_embd head_dim n_inner bias qkv_bias o_bias".split()
+)
+ARCHITECTURE |= set("norm mlp pos qk_norm tie_weights smear embed_skip".split())
+
+
+def load_model(name_or_folder, which="best", dtype=None):
+    """(model, tokenizer, checkpoint state) of a run's folder or of published weights.
+
+    A run's model is float32, with LoRA merged; which: its 'best' or its 'last' checkpoint, the last where
+    there is no best one. The state is None for published weights, whose dtype is chosen as in
+    `load_pretrained`.
+    """
+    if checkpoint.saved_steps(name_or_folder):
+        return load_run(name_or_folder, which)
+    folder = find_folder(name_or_folder)
+    return load_pretrained(folder, dtype=dtype), load_tokenizer(folder), None
+
+
+def load_run(folder, which="best"):
+    """(model, tokenizer, checkpoint state) of a run's folder: see `load_model`."""
+    has_best = (Path(folder) / "best.pt").exists()
+    state = checkpoint.load(folder, which if has_best else "last")
+    model = GPT(GPTConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    model.merge_lora()
+    return model, load_tokenizer(state["tokenizer"]), state
+
+
+def find_folder(name_or_folder):
+    """The local folder of a published model: the one given, or that of a preset or hub name, downloaded once.
+
+    Raises ValueError for a name that is neither, OSError where it cannot be fetched.
+    """
+    name = str(name_or_folder)
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in HUB and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        nearest = difflib.get_close_matches(name.lower(), HUB, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"{name!r} is no folder, no preset and no owner/name on the hub: did you mean {nearest}? "
+            f"Presets: {' '.join(HUB)}"
+        )
+    hub_name = HUB.get(name, name)
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise OSError(
+            f"{name!r} is no folder here, and the hub needs a package: pip install huggingface_hub, "
+            f"or download {hub_name} elsewhere and give the folder"
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_name, allow_patterns=DOWNLOADED))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{name!r} is no folder here and could not be downloaded ({reason}): check name and network, "
+            f"or download {hub_name} elsewhere and give the folder"
+        ) from error
+
+
+def read_json(path, default=None):
+    """What a JSON file holds; `default` where there is no such file. Raises ValueError where it is not JSON."""
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+
+
+def layout_of(path, found):
+    """The Layout of a config.json. Raises ValueError for an architecture that we do not compute."""
+    architectures = found.get("architectures") or []
+    names = architectures or [BY_TYPE.get(found.get("model_type"))]
+    for layout in LAYOUTS:
+        if layout.architecture in names:
+            return layout
+    raise ValueError(
+        f"{path} says architectures={architectures} model_type={found.get('model_type')!r}, but needed is "
+        f"{' or '.join(layout.architecture for layout in LAYOUTS)}: choose such a model"
+    )
+
+
+def read_config(folder):
+    """The Layout of a folder and the GPTConfig of its config.json. Raises ValueError for what we do not compute."""
+    path = folder / CONFIG
+    found = read_json(path)
+    if found is None:
+        raise ValueError(
+            f"{folder} has no {CONFIG}: give a folder of a published model, as Hugging Face stores it"
+        )
+    layout = layout_of(path, found)
+    for key, values in layout.supported.items():
+        if found.get(key, values[0]) not in values:
+            raise ValueError(
+                f"{path} says {key}={found[key]!r} but only {values} can be computed: choose another model"
+            )
+    required = [key for key, (_, default) in layout.settings.items() if default is ...]
+    if missing := [key for key in required if found.get(key) is None]:
+        raise ValueError(f"{path} lacks {' '.join(missing)}: download it again")
+    settings = {}
+    for key, (ours, default) in layout.settings.items():
+        settings[ours] = default if found.get(key) is None else found[key]
+    if layout is GPT2:
+        mlp = {"relu2": "relu2", "gelu": "gelu_exact"}.get(found.get("activation_function"), "gelu")
+        return layout, GPTConfig(**settings, bias=True, mlp=mlp, norm="layernorm", pos="learned")
+    theta, scaling = read_rope(path, found)
+    parts = dict(mlp="swiglu", norm="rmsnorm", pos="rope", rope_theta=theta, rope_scaling=scaling)
+    return layout, GPTConfig(**settings, o_bias=settings["qkv_bias"], **parts)
+
+
+def read_rope(path, found):
+    """rope_theta and rope_scaling, from the new key rope_parameters or from the older two."""
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"{path} says rope_type={rope_type!r} in {rope} but only 'default' and 'llama3', over whole "
+            "heads, can be computed: choose another model"
+        )
+    theta = float(rope.get("rope_theta") or found.get("rope_theta") or 10000.0)
+    if rope_type == "default":
+        return theta, None
+    if missing := [key for key in LLAMA3_SCALING if key not in rope]:
+        raise ValueError(
+            f"{path} lacks {' '.join(missing)} of rope_type='llama3': download it again"
+        )
+    return theta, {key: rope[key] for key in LLAMA3_SCALING}
+
+
+def tensor_files(folder):
+    """The file that holds each tensor, by the tensor's name. Raises ValueError where one is missing or not whole."""
+    index = read_json(folder / INDEX)
+    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+    if (folder / SINGLE).is_file():
+        paths = [folder / SINGLE]
+    elif index is not None:
+        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    elif pickles:
+        raise ValueError(
+            f"{folder} holds its weights as {min(pickles)}, a pickle, which can run any code when it is "
+            f"read: get {SINGLE}, or convert it with safetensors"
+        )
+    else:
+        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: download the weights into it")
+    files = {}
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing but {INDEX} names it: download this shard again")
+        try:
+            with safe_open(path, framework="pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}): download it again"
+            ) from error
+    return files
+
+
+def tensor_names(layout, state, prefix):
+    """(their name, our names, is_transposed) of every tensor of a model whose state_dict is `state`."""
+    n_layer = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    for theirs, ours in layout.modules.items():
+        is_transposed = theirs.split(".")[-1] in layout.transposed
+        full = theirs if theirs == "lm_head" else prefix + theirs
+        for layer in range(n_layer) if "*" in theirs else [0]:
+            for leaf in ("weight", "bias"):
+                names = [f"{name}.{leaf}".replace("*", str(layer)) for name in ours.split()]
+                if names[0] in state:
+                    name = f"{full}.{leaf}".replace("*", str(layer))
+                    yield name, names, leaf == "weight" and is_transposed
+
+
+def as_stored(tensors, is_transposed):
+    """One tensor as their file has it, from ours: under each other, then transposed to (in, out)."""
+    tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return tensor.T if is_transposed else tensor
+
+
+def check_overrides(folder, config, overrides):
+    """ValueError for settings that are not the model's own and would change what its weights mean."""
+    if unknown := overrides.keys() - {field.name for field in fields(GPTConfig)}:
+        raise ValueError(
+            f"{' '.join(sorted(unknown))} is no setting of a model: see GPTConfig in model.py"
+        )
+    for name in ARCHITECTURE & overrides.keys():
+        if overrides[name] != getattr(config, name):
+            raise ValueError(
+                f"{name}={overrides[name]!r} but the weights of {folder} have {getattr(config, name)!r}: "
+                "leave it out"
+            )
+    if config.pos == "learned" and overrides.get("block_size", 0) > config.block_size:
+        raise ValueError(
+            f"block_size={overrides['block_size']} but {folder} has {config.block_size} learned positions: "
+            "choose at most these"
+        )
+
+
+def plan_tensors(folder, layout, config, state):
+    """The tensors to read, [(their name, our names, is_transposed, file)]; ValueError where one is missing or extra."""
+    files = tensor_files(folder)
+    has_prefix = any(name.startswith(layout.prefix) for name in files)
+    names = list(tensor_names(layout, state, layout.prefix if has_prefix else ""))
+    embedding, head = names[0][0], "lm_head.weight"
+    stored_as = {}  # the name in the file, where it is another
+    if config.tie_weights:
+        names = [entry for entry in names if entry[0] != head]
+        if head in files and embedding not in files:
+            files[embedding], stored_as[embedding] = files[head], head
+        elif head in files and not torch.equal(
+            *(read_tensor(files[n], n) for n in (head, embedding))
+        ):
+            raise ValueError(
+                f"{folder} says tie_word_embeddings=True but {head} differs from {embedding}: "
+                f"correct {CONFIG}"
+            )
+    needed = {name for name, _, _ in names}
+    may_be_there = needed | ({head} if config.tie_weights else set())
+    extra = [name for name in files.keys() - may_be_there if not re.search(layout.ignored, name)]
+    for problem, wrong in (("lacks", needed - files.keys()), ("also holds", extra)):
+        if wrong:
+            raise ValueError(
+                f"{folder} {problem} {len(wrong)} tensors, such as {min(wrong)}, but needs those that "
+                f"{CONFIG} describes: download both again"
+            )
+    return [(stored_as.get(theirs, theirs), *rest, files[theirs]) for theirs, *rest in names]
+
+
+def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
+    """The published model of a folder, preset or hub name, as a GPT.
+
+    dtype None keeps that of the file (training wants torch.float32). overrides are settings that leave
+    the weights what they are: dropout, block_size (learned positions are cropped), attention ... Dropout
+    is 0 unless given. One tensor at a time is mapped and copied, so peak memory is that of the weights
+    plus the largest tensor, and the files may change afterwards. Raises ValueError for what does not fit.
+    """
+    folder = find_folder(name_or_folder)
+    layout, config = read_config(folder)
+    check_overrides(folder, config, overrides)
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    plan = plan_tensors(folder, layout, config, state)
+    device = choose_device(str(device))
+    dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    if "dropout" in overrides:
+        overrides.setdefault("attn_dropout", None)  # derived from it
+    config = replace(config, **overrides)
+    for theirs, ours, is_transposed, path in plan:
+        tensor = read_tensor(path, theirs)
+        shape = tuple(as_stored([state[name] for name in ours], is_transposed).shape)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{theirs} in {folder} has shape {tuple(tensor.shape)} but {CONFIG} asks for {shape}: "
+                "download both again"
+            )
+        dtype = tensor.dtype if dtype is None else dtype
+        parts = (tensor.T if is_transposed else tensor).chunk(len(ours))
+        for name, part in zip(ours, parts, strict=True):
+            part = part[: config.block_size] if name == "pos_emb.weight" else part
+            options = dict(copy=True, memory_format=torch.contiguous_format)
+            state[name] = part.to(device, dtype, **options)
+        del tensor, part, parts  # and with them the mapping, before the next one
+    with torch.device("meta"):
+        model = GPT(config)
+    if config.tie_weights:
+        state["head.weight"] = state["tok_emb.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tie_weights:  # assign=True makes two parameters of one tensor
+        model.head.weight = model.tok_emb.weight
+    return model
+
+
+def read_tensor(path, name):
+    """A tensor as it is stored, mapped from its file until it is dropped."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def published_config(config):
+    """The Layout that computes the same as a GPTConfig, and its config.json.
+
+    Raises ValueError naming what the published class cannot express.
+    """
+    layout = LLAMA if config.pos == "rope" else GPT2
+    needed = {
+        "qk_norm": False,
+        "smear": False,
+        "embed_skip": False,
+        "lora_rank": None,
+        "n_classes": None,
+    }
+    if layout is LLAMA:
+        needed |= {"norm": "rmsnorm", "mlp": "swiglu", "o_bias": config.qkv_bias}
+    else:
+        head_dim = config.n_embd / config.n_head
+        needed |= {"norm": "layernorm", "n_kv_head": config.n_head, "head_dim": head_dim}
+        needed["mlp"] = "gelu" if config.mlp == "swiglu" else config.mlp
+    wrong = [
+        f"{name}={getattr(config, name)}"
+        for name in needed
+        if getattr(config, name) != needed[name]
+    ]
+    if layout is LLAMA and config.n_embd % config.n_head:
+        wrong.append(f"n_head={config.n_head} that does not divide n_embd={config.n_embd}")
+    if config.n_layer == 0:
+        wrong.append("n_layer=0")
+    if wrong:
+        raise ValueError(
+            f"{layout.architecture} cannot express {', '.join(wrong)}: such a model stays a checkpoint "
+            "of glassGPT"
+        )
+    written = {"architectures": [layout.architecture], "model_type": layout.model_type}
+    written |= {theirs: getattr(config, ours) for theirs, (ours, _) in layout.settings.items()}
+    if layout is GPT2:
+        activations = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}
+        written |= {"activation_function": activations[config.mlp]}
+        written |= {"n_ctx": config.block_size}  # an old name of n_positions, which llama.cpp reads
+        written |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    else:  # the older keys of RoPE, which every reader knows
+        scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
+        written |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": scaling}
+    return layout, written
+
+
+def published_tensors(model, layout):
+    """The model's tensors under their names. Biases that GPT-2 has and the model lacks become zeros."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_weights:
+        del state["head.weight"]
+    if layout is GPT2:
+        for name in list(state):
+            has_bias = name.endswith("weight") and not re.match("tok_emb|pos_emb|head", name)
+            if has_bias:
+                zeros = state[name].new_zeros(len(state[name]))
+                state.setdefault(name.removesuffix("weight") + "bias", zeros)
+    names = list(tensor_names(layout, state, layout.prefix))
+    if left := state.keys() - {name for _, ours, _ in names for name in ours}:
+        raise ValueError(
+            f"{layout.architecture} has no place for {len(left)} tensors, such as {min(left)}: "
+            "merge or convert them first"
+        )
+    tensors = {}
+    for theirs, ours, is_transposed in names:
+        tensors[theirs] = as_stored([state[name] for name in ours], is_transposed).contiguous()
+    return tensors
+
+
+def save_pretrained(model, folder, tokenizer=None):
+    """Write a folder that transformers' AutoModelForCausalLM, and with a tokenizer AutoTokenizer, load.
+
+    Biases that GPT-2 has and the model lacks are written as zeros, which computes the same. The folder
+    appears whole or not at all; one that holds anything but an earlier export is left alone. Raises
+    ValueError for settings that no published class expresses, FileExistsError for a folder in use.
+    """
+    folder = Path(folder).resolve()
+    layout, config = published_config(model.config)
+    ours = {SINGLE, CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, "chat_template.jinja"}
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    is_export = not (files - ours) and "exported_by" in read_json(folder / CONFIG, {})
+    if folder.is_file() or (files and not is_export):
+        raise FileExistsError(
+            f"{folder} is in use and is no export of glassGPT: choose another folder"
+        )
+    tensors = published_tensors(model, layout)
+    stop = [] if tokenizer is None else published_stop_ids(tokenizer)
+    tokens = {
+        "bos_token_id": getattr(tokenizer, "bos_id", None),
+        "eos_token_id": stop[0] if len(stop) == 1 else stop or None,
+    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    config |= tokens | {"torch_dtype": dtype, "exported_by": "glassGPT"}
+    documents = {CONFIG: config, GENERATION: tokens}
+    if tokenizer is not None:
+        documents |= tokenizer_files(tokenizer, model.config)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+        for name, document in documents.items():
+            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            (partial / name).write_text(text, encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp lets only its owner in
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def published_stop_ids(tokenizer):
+    """The ids that end a text: those that a published model named, else ours, end-of-text first."""
+    special = tokenizer.special_tokens
+    ours = [special[name] for name in (bpe.END_OF_TEXT, bpe.END) if name in special]
+    return getattr(tokenizer, "stop_ids", None) or ours
+
+
+def save_adapter(model, path):
+    """Write the LoRA matrices alone, with what merging needs to know: a few MB of safetensors."""
+    lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
+    names = ("lora_rank", "lora_alpha", "lora_targets")
+    config = {name: getattr(model.config, name) for name in names}
+    save_file(tensors, path, metadata={"format": "pt", "lora": json.dumps(config)})
+
+
+def load_adapter(model, path):
+    """Merge the LoRA matrices of a file into the model they were trained on. Raises ValueError if they do not fit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            lora = json.loads((file.metadata() or {}).get("lora", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"adapter={path} is no safetensors file ({error}): "
+            "give the one that finetune.py --trainable=lora wrote"
+        ) from error
+    if not lora or not tensors:
+        raise ValueError(
+            f"adapter={path} holds no LoRA matrices: give the one that finetune.py --trainable=lora wrote"
+        )
+    weights, products = dict(model.named_parameters()), {}
+    scale = lora["lora_alpha"] / lora["lora_rank"]
+    for name in (name for name in tensors if name.endswith("lora_b")):
+        product = tensors[name] @ tensors[name.replace("lora_b", "lora_a")]
+        products[name.replace("lora_b", "weight")] = product * scale
+    for name, product in products.items():
+        if name not in weights or weights[name].shape != product.shape:
+            raise ValueError(
+                f"adapter={path} has no place for {name}: "
+                "give the model it was trained on with --out_dir or --init_from"
+            )
+    with torch.no_grad():
+        for name, product in products.items():
+            weights[name].copy_(weights[name].float() + product)
+
+
+def load_tokenizer(source):
+    """The tokenizer of a published model (folder, preset, hub name), or of a dict from `to_dict` of any tokenizer."""
+    if isinstance(source, dict):
+        if source.get("type") != "huggingface":
+            return bpe.load_tokenizer(source)
+        return HuggingFaceTokenizer(source["tokenizer"], source["config"], source["stop_ids"])
+    if HUB.get(str(source), str(source)).startswith("openai-community/gpt2"):
+        return bpe.BPETokenizer.from_gpt2()
+    folder = find_folder(source)
+    saved, config = read_json(folder / TOKENIZER), read_json(folder / TOKENIZER_CONFIG, {})
+    if saved is not None:
+        template = folder / "chat_template.jinja"
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        return HuggingFaceTokenizer(saved, config, stop_ids(folder))
+    layout, shape = read_config(folder)
+    if layout is GPT2 and shape.vocab_size == 50257:
+        return bpe.BPETokenizer.from_gpt2()
+    raise ValueError(f"{folder} has no {TOKENIZER}: download it into the folder")
+
+
+def stop_ids(name_or_folder):
+    """The ids that end a text, from generation_config.json, else from config.json; [] where neither names one."""
+    folder = find_folder(name_or_folder)
+    for name in (GENERATION, CONFIG):
+        ids = read_json(folder / name, {}).get("eos_token_id")
+        if ids is not None:
+            return list(ids) if isinstance(ids, list) else [ids]
+    return []
