@@ -6,7 +6,7 @@ init_from = "llama3.2-1b"
 out_dir = "out/finetune_llama"
 
 template = "alpaca"
-train = "lora"
+trainable = "lora"
 lora_rank = 16
 lora_alpha = 32.0
 lora_targets = "q_proj k_proj v_proj o_proj"

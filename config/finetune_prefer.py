@@ -1,5 +1,5 @@
 # config/finetune_prefer.py: of two answers the chosen one (DPO), from config/finetune_instruct.py's model
-# expect 94% of the held-out pairs, the chosen answers' loss from 1.49 to 1.51, in 40 s on two cores of an AMD Zen 5 server
+# expect 94% of the held-out pairs, the chosen answers' loss from 1.49 to 1.51, in 40 s on two Zen 5 cores
 task = "prefer"
 dataset = "preferences"
 init_from = "out/finetune_instruct"

@@ -1,5 +1,5 @@
 # config/shakespeare_bpe.py: Tiny Shakespeare in GPT-2's tokens: few tokens, a large vocabulary
-# expect val loss 4.979 (whole split) in 104 s on two cores of an AMD Zen 5 server: python train.py config/shakespeare_bpe.py
+# expect val loss 4.979 (whole split) in 104 s on two Zen 5 cores: python train.py config/shakespeare_bpe.py
 dataset = "shakespeare"
 out_dir = "out/shakespeare_bpe"
 
