@@ -5,9 +5,9 @@
     prefer     of two answers the chosen one gains likelihood over the rejected one (DPO)
     reinforce  of the model's own answers, those with a high reward become more likely (GRPO)
 
-Each stage is a class below, to be read from top to bottom: its examples, loss, evaluation and test. The
-loop, the checkpoints and the exact resumption are train.py's. Every stage ends with figures on test
-data that it has not seen, before and after.
+Each stage is a class below, to be read from top to bottom: its examples, loss, evaluation and test.
+The loop, the checkpoints and the exact resumption are train.py's. Every stage ends with figures on
+test data that it has not seen, before and after.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from glass.records import read_records, spread
 from glass.run import resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, with_role
 from glass.stage import Answered, Stage, answer_logprobs, bag_of_tokens, labels_of, read_reward
-from model import GPT, Free, GPTConfig, Tunable
+from model import GPT, Free, GPTConfig, Tunable, require
 
 LORA = {"lora_rank", "lora_alpha", "lora_targets"}
 # the settings of the model that fine-tuning chooses; all others come with the model that is tuned
@@ -52,7 +52,7 @@ CHOOSABLE = with_role(GPTConfig, "tunable") | with_role(GPTConfig, "free") | LOR
 
 @dataclass
 class Settings(train.Settings):
-    """train.py's settings, of which the architecture comes from the tuned model, then the stages'."""
+    """train.py's settings, then the stages'. The tuned model brings its architecture."""
 
     # what to tune, and on what
     task: Literal["classify", "instruct", "prefer", "reinforce"] = "instruct"  # the stage
@@ -99,8 +99,8 @@ class Settings(train.Settings):
     def __post_init__(self):
         if self.lora_rank and self.trainable != "lora":
             raise ValueError(
-                f"lora_rank={self.lora_rank} needs trainable=lora, found trainable={self.trainable}: "
-                "add --trainable=lora"
+                f"lora_rank={self.lora_rank} needs trainable=lora, found "
+                f"trainable={self.trainable}: add --trainable=lora"
             )
         if self.balance != "none" and self.task != "classify":
             raise ValueError(
@@ -108,29 +108,20 @@ class Settings(train.Settings):
             )
         if self.task == "reinforce" and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} but the answers of a step "
-                "are drawn at once: set it to 1 and lower batch_size"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} but the answers "
+                "of a step are drawn at once: set it to 1 and lower batch_size"
             )
         if self.trainable == "lora" and self.lora_rank is None:
             self.lora_rank = 8
         super().__post_init__()
-        for name in (
-            "test_items",
-            "answer_tokens",
-            "eval_answers",
-            "group_size",
-            "updates_per_sample",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        counts = "test_items answer_tokens eval_answers group_size updates_per_sample"
+        require(self, counts, lambda value: value >= 1, "be at least 1")
         not_negative = "prefix_weight lm_weight dpo_beta clip kl_coef val_share test_share"
-        for name in not_negative.split():
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        require(self, not_negative, lambda value: value >= 0, "not be negative")
         if (self.val_share or 0) + (self.test_share or 0) >= 1:
             raise ValueError(
-                f"val_share={self.val_share} and test_share={self.test_share} leave nothing to train on: "
-                "lower one of them"
+                f"val_share={self.val_share} and test_share={self.test_share} leave nothing to "
+                "train on: lower one of them"
             )
 
 
@@ -142,9 +133,10 @@ class Labelled(NamedTuple):
 class Classify(Stage):
     """A class for each text, read at its last token, the end of the text: cross-entropy.
 
-    Two further losses keep the model from memorising a small training set. prefix_weight: every prefix
-    of a text is classified too (target replication: arXiv:1511.03677). lm_weight: the model goes on
-    predicting the text (GPT-1's auxiliary objective: Radford et al. 2018). Each is a mean over tokens.
+    Two more losses, both means over tokens, keep the model from memorising a small training set.
+    With prefix_weight it classifies every prefix of a text too (target replication,
+    arXiv:1511.03677). With lm_weight it goes on predicting the text (GPT-1's auxiliary objective,
+    Radford et al. 2018).
     """
 
     @functools.cached_property
@@ -228,9 +220,10 @@ class Classify(Stage):
         )
 
     def test(self, model, context, folder=None):
-        """Accuracy, beside always naming the largest class and a bag of tokens; each class's scores.
+        """Accuracy, that of two baselines, and each class's precision, recall and F1.
 
-        With a folder, confusion.png is drawn into it.
+        The baselines: always the largest class, and a bag of tokens. Draws confusion.png if a
+        folder is given.
         """
         logits, labels = self.predict(model, self.examples["test"], context)
         n = len(self.labels)
@@ -333,7 +326,7 @@ class Instruct(Stage):
         return figures
 
     def test(self, model, context, folder=None):
-        """The answers' loss and, where they can be compared, the exact matches, in all and by kind."""
+        """The answers' loss and, where answers are compared, exact matches, in all and by kind."""
         examples = spread(self.examples["test"], self.settings.test_items)
         figures = {"answer_loss": self.answer_loss(model, examples, context)}
         if self.compares_answers:
@@ -427,7 +420,7 @@ class Prefer(Instruct):
         return logprobs.sum(-1).view(2, -1).T
 
     def margins(self, logprobs, pairs):
-        """beta * (gain of the chosen - gain of the rejected): logprobs (b, 2) of the pairs -> (b,)."""
+        """beta * (gain of the chosen - gain of the rejected): logprobs (b, 2) -> (b,)."""
         gains = logprobs - torch.stack([pair.reference for pair in pairs]).to(logprobs.device)
         return self.settings.dpo_beta * (gains[:, 0] - gains[:, 1])
 
@@ -476,9 +469,9 @@ class Prefer(Instruct):
 def grpo_loss(logprobs, old_logprobs, advantages, weight, settings, reference_logprobs=None):
     """GRPO's clipped objective, negative, as a mean over answer tokens.
 
-    logprobs, old_logprobs, reference_logprobs (B, T): of each token now, when the answers were drawn,
-    and under the reference model. weight (B, T): how often each token was drawn, 0 for prompts and
-    padding. advantages (B,).
+    logprobs, old_logprobs and reference_logprobs (B, T): of each token now, when the answers were
+    drawn, and under the reference model. weight (B, T): how often each token was drawn, 0 for
+    prompts and padding. advantages (B,).
     """
     s, A = settings, advantages[:, None]
     ratio = (logprobs - old_logprobs).exp()
@@ -491,15 +484,15 @@ def grpo_loss(logprobs, old_logprobs, advantages, weight, settings, reference_lo
 
 
 class Reinforce(Instruct):
-    """GRPO: of a group of answers to one prompt, those with a reward above the group's mean become likelier.
+    """GRPO: the model answers each prompt several times, and the better answers become likelier.
 
-    An answer's advantage is (reward - mean) / standard deviation over its group. The objective is
-    clipped as in PPO and averaged over the tokens of all answers in groups whose rewards differ.
-    kl_coef adds the divergence from the reference model, the model before training, over all answers.
+    The answers to one prompt are a group. An answer's advantage is (reward - mean) / standard
+    deviation over its group. The objective is clipped as in PPO, and averaged over the tokens of
+    all groups whose rewards differ: equal rewards teach nothing. kl_coef adds the divergence from
+    the reference model, which is the model before training, over all answers.
     Source: arXiv:2402.03300; the mean over tokens and the choice of groups: arXiv:2503.14476.
 
-    Where rows name their kind, a kind is drawn the more often, the more of its groups differ: what
-    always succeeds or always fails teaches nothing.
+    Where rows have a kind, kinds whose groups often differ are drawn more often.
     """
 
     def __init__(self, settings, records, model, tokenizer):
@@ -558,8 +551,9 @@ class Reinforce(Instruct):
     def draw(self, model, examples):
         """Draw a group of answers to each example's prompt, reward them, and keep those that teach.
 
-        Kept are the distinct answers of the groups whose rewards differ (of all groups with kl_coef).
-        Gives their sequences, is_answer, advantages (B,) and counts (B,), how often each was drawn.
+        Keeps the distinct answers of groups whose rewards differ, or with kl_coef those of all
+        groups. Gives their sequences, is_answer, advantages (B,) and counts (B,): how often each
+        was drawn.
         """
         s, G = self.settings, self.settings.group_size
         prompts = [self.prompt(example.row) for example in examples]
@@ -598,7 +592,7 @@ class Reinforce(Instruct):
             self.differing[kind] = (32 * fraction + sum(of_kind)) / (32 + len(of_kind))
 
     def reward_of(self, row, text):
-        """The reward of an answer to a row: the function's, or 1 for an exact match and 0 otherwise."""
+        """The reward of an answer: the function's, or without one 1 for an exact match, else 0."""
         if self.reward is None:
             return float(text.strip() == self.own_answer(row).strip())
         value = self.reward(messages_of(row, self.template)[-2]["content"], text)
@@ -631,7 +625,7 @@ class Reinforce(Instruct):
         )
 
     def evaluate(self, model, context, processes, few=None):
-        """The mean reward of greedy answers. val_loss is its negative: lower is better, as everywhere."""
+        """The mean reward of greedy answers; val_loss is its negative, so that lower is better."""
         n = self.settings.eval_answers if few is None else few
         examples = spread(self.examples["val"], n)
         answers = self.answers(model, examples)
@@ -647,10 +641,10 @@ STAGES = {"classify": Classify, "instruct": Instruct, "prefer": Prefer, "reinfor
 
 
 def build_model(settings, records, state):
-    """(model, tokenizer): as the checkpoint's state describes them, or the base with what the stage adds.
+    """(model, tokenizer): those of the checkpoint's state, or the base with what the stage adds.
 
-    A stage may add LoRA, a classification head, and the tokens of its template. A head that was trained
-    on the same labels is kept.
+    A stage may add LoRA, a classification head, and the tokens of its template. It keeps a head
+    that was trained on the same labels.
     """
     s = settings
     if state:
@@ -726,7 +720,7 @@ def check_given(given):
 
 
 def finish(run, context, adapter):
-    """Load the best checkpoint; write the adapter of a LoRA run, and the test's figures before and after."""
+    """Load the best checkpoint, write the adapter of a LoRA run, and test the model."""
     stage, model = run.task, run.model
     model.load_state_dict(checkpoint.load(run.folder, "best")["model"])
     if adapter:

@@ -28,6 +28,15 @@ Tunable = Annotated[T_, "tunable"]
 Free = Annotated[T_, "free"]
 
 LINEAR_LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"  # of a block
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def require(settings, names, is_possible, says):
+    """ValueError for the first of the named settings that is given but not possible."""
+    for name in names.split():
+        value = getattr(settings, name)
+        if value is not None and not is_possible(value):
+            raise ValueError(f"{name}={value} must {says}")
 
 
 @dataclass
@@ -87,32 +96,32 @@ class GPTConfig:
 
     def check_values(self):
         """ValueError where a setting is impossible by itself."""
-        for name, kind in typing.get_type_hints(GPTConfig).items():
-            options, value = typing.get_args(kind), getattr(self, name)
-            if typing.get_origin(kind) is Literal and value not in options:
+        for name, hint in typing.get_type_hints(GPTConfig).items():
+            options, value = typing.get_args(hint), getattr(self, name)
+            if typing.get_origin(hint) is Literal and value not in options:
                 raise ValueError(f"{name}={value!r} must be one of {' '.join(options)}")
-        for name in ("vocab_size", "block_size", "n_head", "n_kv_head", "n_embd"):
-            if (getattr(self, name) or 0) < 1 and not (
-                name == "n_kv_head" and self.n_kv_head is None
-            ):
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("dropout", "attn_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
-        if self.n_layer < 0:
-            raise ValueError(f"n_layer={self.n_layer} must not be negative")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+        floats = [name for name, value in vars(self).items() if type(value) is float]
+        require(self, " ".join(floats), math.isfinite, "be a finite number")
+        sizes = "vocab_size block_size n_head n_kv_head n_embd head_dim n_inner n_classes"
+        require(self, sizes + " loss_chunk lora_rank", lambda value: value >= 1, "be at least 1")
+        require(self, "n_layer", lambda value: value >= 0, "not be negative")
+        require(self, "dropout attn_dropout", lambda value: 0 <= value <= 0.99, "lie in [0, 0.99]")
+        require(self, "norm_eps rope_theta", lambda value: value > 0, "be positive")
         if unknown := set(self.lora_targets.split()) - set(LINEAR_LAYERS.split()):
+            names = " ".join(sorted(unknown))
+            raise ValueError(f"lora_targets has {names}: choose from {LINEAR_LAYERS}")
+        keys = set(self.rope_scaling or ROPE_SCALING)
+        if self.rope_scaling is not None and keys != set(ROPE_SCALING):
             raise ValueError(
-                f"lora_targets has {' '.join(sorted(unknown))}: choose from {LINEAR_LAYERS}"
+                f"rope_scaling={self.rope_scaling} must have the keys {' '.join(ROPE_SCALING)}"
             )
 
     def check_fit(self):
         """ValueError where settings do not fit each other."""
         if self.n_head % self.n_kv_head:
             raise ValueError(
-                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: change either"
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
+                "change either"
             )
         if self.head_dim is None:
             raise ValueError(
@@ -121,7 +130,8 @@ class GPTConfig:
             )
         if self.pos == "rope" and self.head_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} must be even, since RoPE rotates pairs: change n_embd or n_head"
+                f"head_dim={self.head_dim} must be even, since RoPE rotates pairs: "
+                "change n_embd or n_head"
             )
 
 
@@ -208,7 +218,7 @@ class KVCache:
         )
 
     def set_rows(self, lengths, source, static=False):
-        """Copy row source[b] of the prefill into row b, of which lengths[b] positions are real: (B,) each."""
+        """Make row b a copy of row source[b], with lengths[b] real positions: (B,) each."""
         if len(self.ids) < len(lengths):  # equal rows were prefilled once
             self.k, self.v = ([store[source] for store in stores] for stores in (self.k, self.v))
             self.ids = self.ids[source]
@@ -234,7 +244,7 @@ class KVCache:
         return self.max_len if self.static else self.length + T
 
     def append(self, layer, k, v, positions):
-        """Store k, v (B, Hkv, T, D) at `positions` -> all that is attended to, (B, Hkv, S, D) each."""
+        """Store k, v (B, Hkv, T, D) at `positions`. Gives all keys and values, (B, Hkv, S, D)."""
         S = self.attended(k.shape[2])
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.lengths is None:
@@ -245,7 +255,7 @@ class KVCache:
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
     def previous(self, idx, positions):
-        """Store the ids idx (B, T) at `positions` -> the id before each, (B, T); any id at position 0."""
+        """Store idx (B, T) at `positions`. Gives the id before each, (B, T)."""
         rows = torch.arange(len(idx), device=idx.device)[:, None]  # (B, 1)
         self.ids[rows, positions] = idx
         return self.ids[rows, (positions - 1).clamp(min=0)]
@@ -269,7 +279,7 @@ def causal_mask(positions, S):
 
 
 def attention_weights(q, k, mask):
-    """Softmax of q k^T / sqrt(D): q (B, H, T, D), k (B, Hkv, S, D), mask or None -> (B, H, T, S)."""
+    """Softmax of q k^T / sqrt(D): q (B, H, T, D), k (B, Hkv, S, D) -> (B, H, T, S)."""
     B, H, T, D = q.shape
     Hkv, S = k.shape[1:3]
     q = (q * D**-0.5).reshape(B, Hkv, H // Hkv * T, D)  # the heads of a group, one after the other
@@ -312,7 +322,7 @@ ATTENTION = {"auto": auto_attention, "sdpa": sdpa_attention, "explicit": explici
 
 
 def side_by_side(q, k, change):
-    """Apply `change` to queries and keys in one float32 tensor, which halves the number of operations.
+    """Apply `change` to queries and keys in one float32 tensor: half the operations.
 
     q (B, T, H, D), k (B, T, Hkv, D) -> the same shapes and dtype.
     """
@@ -492,7 +502,7 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP: each reads a normalised copy of the residual stream and adds to it."""
+    """Attention, then the MLP: each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -549,13 +559,13 @@ class EmbedSkip(nn.Module):
 
 
 def cross_entropy(head, x, targets):
-    """Summed loss in nats of x (N, C) against targets (N,), -100 not scored; and the logits (N, V)."""
+    """(summed loss in nats, logits (N, V)) of x (N, C) and targets (N,); -100 is not scored."""
     logits = head(x).float()
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), logits
 
 
 def chunked_cross_entropy(head, x, targets, chunk):
-    """The same loss, `chunk` tokens at a time; the logits are dropped and computed again backwards."""
+    """(the same loss, None), `chunk` tokens at a time; the backward pass recomputes their logits."""
 
     def loss_of(x, targets):
         return cross_entropy(head, x, targets)[0]
@@ -634,7 +644,7 @@ class GPT(nn.Module):
             nn.init.normal_(self.head.weight, std=0.0 if self.config.zero_init else std)
 
     def embed(self, idx, cache=None):
-        """What the blocks read: x (B, T, C), positions (T,) or (B, T), RoPE's rotation, the mask."""
+        """What the blocks read: x (B, T, C), positions (T,) or (B, T), rotation, mask."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(
@@ -681,13 +691,13 @@ class GPT(nn.Module):
         return self.class_logits(self.hidden(idx), lengths)
 
     def class_logits(self, hidden, lengths):
-        """Class logits (B, n_classes) in float32 from hidden states (B, T, C), read at the last token."""
+        """Class logits (B, n_classes) in float32 from hidden states (B, T, C)."""
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]  # (B, C)
         return self.classifier(last).float()
 
     @torch.no_grad()
     def attention_maps(self, idx):
-        """The weights with which each position attends: idx (B, T) -> (L, B, H, T, T), rows sum to 1."""
+        """The attention weights of every head: idx (B, T) -> (L, B, H, T, T); rows sum to 1."""
         embedded, positions, rotation, mask = self.embed(idx)
         maps, x = [], embedded
         for layer, block in enumerate(self.blocks):
@@ -701,9 +711,9 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Extend each row of idx (B, T) by max_new_tokens ids -> (B, T + max_new_tokens).
 
-        temperature=0 takes the likeliest id; top_k draws among the k likeliest. Past block_size only
-        the last half of the text is kept. Each new token costs a whole forward pass: this is the
-        reference for glass.generate.generate, which is fast and does more.
+        temperature=0 takes the likeliest id; top_k draws among the k likeliest. Past block_size
+        only the last half of the text is kept. Each new token costs a whole forward pass: this is
+        the reference for glass.generate.generate, which is fast and does more.
         """
         window = idx  # what the model sees of the text
         for _ in range(max_new_tokens):
@@ -773,10 +783,10 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T=None):
-        """Floating-point operations of training on one token, in a sequence of T (None: block_size).
+        """Floating-point operations of training on one token of a sequence of T (None: block_size).
 
-        Three forward passes. In one, each weight that multiplies costs 2 (an embedding is looked up
-        and costs none), and the two attention products 4 H D T, the masked half included.
+        Training costs three forward passes. In one, each weight of a matrix product costs 2, and
+        the two attention products cost 4 H D T, masked half included. Looking up costs nothing.
         Source: PaLM, arXiv:2204.02311, appendix B.
         """
         config, T = self.config, T or self.config.block_size
@@ -797,7 +807,8 @@ class GPT(nn.Module):
             f"{c.pos} positions, vocabulary {c.vocab_size:,}\n"
             f"{self.flops_per_token() / 1e6:,.1f} MFLOP per trained token; memory: weights "
             f"{4 * n / 1e6:,.0f} MB in float32, {16 * n / 1e6:,.0f} MB with gradients and Adam's "
-            f"moments, cache {bytes_per_position * c.block_size / 1e6:,.1f} MB a sequence of {c.block_size}"
+            f"moments, cache {bytes_per_position * c.block_size / 1e6:,.1f} MB "
+            f"a sequence of {c.block_size}"
         )
 
 
@@ -817,7 +828,7 @@ def gpt2(**shape):
 
 
 def llama3(factor=None, **shape):
-    """The constants of Llama 3; `factor` extends the context: 8 in 3.1, 32 in the small 3.2 models."""
+    """The constants of Llama 3. `factor` extends the context: 8 in 3.1, 32 in the small 3.2."""
     scaling = None
     if factor is not None:
         scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -830,7 +841,7 @@ def llama3(factor=None, **shape):
 
 
 def modern(**shape):
-    """The parts of config/shakespeare_char.py, which RECIPE.md found to pay, at GPT-2's vocabulary."""
+    """The parts of config/shakespeare_char.py, which RECIPE.md found to pay."""
     parts = dict(mlp="gelu_exact", pos="rope", qk_norm=True, tie_weights=False)
     parts |= dict(zero_init=True, smear=True, embed_skip=True)
     return GPTConfig(vocab_size=50257, block_size=1024, **parts, **shape)

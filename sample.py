@@ -1,11 +1,12 @@
 """Text out of a checkpoint or of published weights: `python sample.py --start "To be"`, or --chat.
 
-The checkpoint is self-sufficient: the newest run under out/ is taken where none is named, and no flag
-describes the model. Text appears as it is made.
+The newest run under out/ is taken where none is named. No flag describes the model, since the
+checkpoint does. Text appears as it is made.
 """
 
 import contextlib
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,11 +21,12 @@ from glass.chat import encode_for_class, fit_chat, stop_ids, template_for
 from glass.device import choose_device, choose_dtype
 from glass.generate import TextStream, speed_up, stream
 from glass.settings import configure, errors_in_one_line
+from model import require
 
 
 @dataclass
 class Settings:
-    """What to load, what to start from, how to draw the next token. Names are nanoGPT's where it has one."""
+    """What to load, what to start from, how to draw the next token; named as in nanoGPT."""
 
     # model
     init_from: str = "resume"  # resume: a checkpoint of out_dir; else gpt2... or a folder
@@ -55,16 +57,14 @@ class Settings:
     show_probs: bool = False  # each token with its probability and the runners-up
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "num_samples", "top_k"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("top_p", "min_p"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+        floats = "temperature top_p min_p repetition_penalty"
+        require(self, floats, math.isfinite, "be a finite number")
+        counts = "max_new_tokens num_samples top_k"
+        require(self, counts, lambda value: value >= 1, "be at least 1")
+        require(self, "top_p min_p", lambda value: 0 < value <= 1, "lie in (0, 1]")
+        require(self, "temperature", lambda value: value >= 0, "not be negative")
+        require(self, "repetition_penalty", lambda value: value > 0, "be positive")
+        require(self, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
 
 
 @dataclass
@@ -79,9 +79,9 @@ class Loaded:
 
     @property
     def chat_template(self):
-        """The template of the conversations that the model was tuned on, as far as can be known, or None.
+        """The template of the conversations that the model was tuned on, or None.
 
-        A published model whose tokenizer has a template's markers is taken to be tuned on it.
+        A published model whose tokenizer has a template's markers is assumed to be tuned on it.
         """
         template = template_for(self.tokenizer)
         if self.state is None:
@@ -91,7 +91,7 @@ class Loaded:
 
 
 def load_model(settings):
-    """The Loaded model of a run or of published weights. Raises ValueError for what cannot be loaded."""
+    """The Loaded model of a run or of published weights."""
     s, device = settings, choose_device(settings.device)
     dtype = choose_dtype(s.dtype, device)
     if s.dtype == "auto" and (s.export or (s.quantize and not s.compile)):
@@ -115,7 +115,7 @@ def check_known(tokenizer, text):
 
 
 def read_prompt(settings, loaded):
-    """The prompt's ids. Raises ValueError for a missing file, unknown characters, or a prompt that is too long."""
+    """The ids of the prompt. Raises ValueError if it is missing, too long, or has unknown characters."""
     text, tokenizer, config = settings.start, loaded.tokenizer, loaded.model.config
     if text.startswith("FILE:"):
         path = Path(text.removeprefix("FILE:"))

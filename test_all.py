@@ -40,6 +40,7 @@ from glass.settings import configure, errors_in_one_line
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies, rope_rotation
 
 HERE = Path(__file__).resolve().parent
+needs_unix = pytest.mark.skipif(os.name == "nt", reason="Windows has no fork and no SIGINT to send")
 TEXT = (
     "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 40
 )
@@ -809,7 +810,7 @@ def test_killed_run_continues_to_the_same_bytes(in_tmp_path):
     while not progress.is_file() or json.loads(progress.read_text())["batches"] < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not Path("data/killed/meta.json").exists()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -985,6 +986,7 @@ def test_resuming_refuses_what_changes_the_weights_and_names_what_changes_the_ru
     assert status == 2 and "is not the data that out/small was trained on" in err
 
 
+@needs_unix
 def test_ctrl_c_saves_and_says_how_to_resume(workdir, capsys):
     process = start("train.py", *TINY_RUN, "--max_iters=100000", "--eval_interval=100000")
     while not process.stdout.readline().startswith("step 2/"):
@@ -1796,6 +1798,7 @@ def test_a_longer_fine_tune_derives_its_schedule_anew(long_base, capsys):
         )
 
 
+@needs_unix
 def test_a_stopped_fine_tune_names_the_script_that_goes_on(long_base, capsys):
     words = ["--max_iters=100000", "--eval_interval=100000"]
     process = start(
@@ -2241,7 +2244,7 @@ class FailingFiles:
             )
 
 
-@pytest.mark.parametrize("how", ["full", "torn", "exit"])
+@pytest.mark.parametrize("how", ["full", "torn", pytest.param("exit", marks=needs_unix)])
 def test_a_save_that_fails_at_any_point_leaves_a_whole_checkpoint(tmp_path, monkeypatch, how):
     failures = 0
     for n in range(1, 200):

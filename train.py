@@ -32,14 +32,14 @@ from glass.progress import Progress, described, import_wandb, say
 from glass.run import Run, StopSignals, claim_folder, resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, read_config_file
 from glass.shards import Windows, evaluation_batches, open_dataset
-from model import GPT, Free, GPTConfig, Tunable, config_among
+from model import GPT, Free, GPTConfig, Tunable, config_among, require
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config" / "pydoc_char.py"
 
 
 @dataclass
 class Settings(GPTConfig):
-    """Everything a run depends on: the model's settings, then these, with nanoGPT's names and defaults."""
+    """Everything a run depends on: the model's settings, then these, named as in nanoGPT."""
 
     # what to train, and where it goes
     init_from: Free[str] = "scratch"  # scratch | resume | auto (resume if it can) | gpt2, a folder
@@ -92,22 +92,17 @@ class Settings(GPTConfig):
             self.checkpoint_interval = self.eval_interval
         counts = "eval_interval eval_iters log_interval checkpoint_interval batch_size"
         counts += " gradient_accumulation_steps sample_tokens patience"
-        for name in counts.split():
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_iters", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.cooldown <= 1:
-            raise ValueError(
-                f"cooldown={self.cooldown} must lie in (0, 1]: it is a fraction of the steps"
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        require(self, counts, lambda value: value >= 1, "be at least 1")
+        not_negative = "max_iters grad_clip warmup_iters min_lr weight_decay muon_weight_decay"
+        require(self, not_negative, lambda value: value >= 0, "not be negative")
+        require(self, "learning_rate muon_lr", lambda value: value > 0, "be positive")
+        require(self, "beta1 beta2 momentum", lambda value: 0 <= value < 1, "lie in [0, 1)")
+        require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
+        require(self, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
 
 
 class Pretraining:
-    """The task of predicting the next token of a dataset. What a task has is listed in glass/run.py."""
+    """The task of predicting the next token. glass/run.py lists what a task has."""
 
     script = "train.py"
 
@@ -143,7 +138,10 @@ class Pretraining:
         return model(idx, targets)[1] * (len(rows) / len(step_rows))
 
     def evaluate(self, model, context, processes, few=None):
-        """Loss, perplexity and bits per byte of eval_iters batches, or of few windows, of the validation split."""
+        """Loss, perplexity and bits per byte on the validation split.
+
+        Takes eval_iters evenly spaced batches, or with `few` that many windows.
+        """
         s, shards = self.settings, self.dataset.splits["val"]
         batch_size, n_batches = s.batch_size, s.eval_iters
         if few is not None:
@@ -173,9 +171,10 @@ class Pretraining:
 
 @torch.no_grad()
 def estimate_loss(model, batches, context, processes):
-    """Mean cross-entropy in nats over all scored tokens of numpy batches (idx, targets), (B, T) each.
+    """Mean cross-entropy in nats over all scored tokens.
 
-    Each process takes its share of the batches; all get the mean.
+    batches: pairs of numpy arrays, idx and targets, (B, T) each. Each process takes its share of
+    them; all get the mean.
     """
     was_training = model.training
     model.eval()
@@ -198,7 +197,7 @@ def noise_seed(seed, step, rank):
 
 
 def train(run, progress):
-    """Update the model from run.step to max_iters. Gives the number of the signal that stopped it, or 0."""
+    """Update the model from run.step to max_iters. Gives the signal that stopped it, or 0."""
     s, model, task, processes = run.settings, run.model, run.task, run.processes
     optimizers, scaler = run.optimizers, run.scaler
     signals, context = StopSignals(), autocast(model.device, choose_dtype(s.dtype, model.device))
@@ -215,7 +214,7 @@ def train(run, progress):
         if ends:
             return stop
 
-        # one update: rate and noise are functions of the step, the gradient is the mean over all G rows
+        # one update: rate and noise depend on the step alone; the gradient is the mean over G rows
         optim.set_learning_rates(optimizers, step, s)
         torch.manual_seed(noise_seed(s.seed, step, processes.rank))
         for first in range(0, share, s.batch_size):
@@ -242,9 +241,10 @@ def train(run, progress):
 
 
 def look_back(run, context, progress, signals):
-    """Between two updates: save, evaluate, and see whether the run ends here -> (signal or 0, ends).
+    """Between two updates: save, evaluate, and see whether the run ends here.
 
-    Saves first, since an evaluation can run out of memory.
+    Gives (the signal received or 0, whether to end). Saves first, since an evaluation can run out
+    of memory.
     """
     s, step, task, processes = run.settings, run.step, run.task, run.processes
     out_of_time = s.max_minutes is not None and progress.seconds() > 60 * s.max_minutes
@@ -265,10 +265,10 @@ def look_back(run, context, progress, signals):
 
 
 def glances(settings):
-    """(steps between looks at the validation split for the curve alone, rows of one; 0: no looks).
+    """(steps between two glances at the validation split, rows of a glance; 0: none).
 
-    Ten a run, of eight batches each, or less: a forward pass costs a third of a training step, and the
-    looks are to take no more than a fiftieth of the run.
+    Glances only give the loss curve its points: ten a run, of at most eight batches. A forward pass
+    costs a third of a training step, and all glances together at most a fiftieth of the run.
     """
     s = settings
     interval = max(1, s.max_iters // 10)
@@ -277,7 +277,7 @@ def glances(settings):
 
 
 def compile_in_place(run):
-    """Compile the model if asked to, or by 'auto' on a GPU; where that fails, say so and stay eager."""
+    """Compile the model if asked to, or on a GPU by 'auto'. Where that fails, say so and go on."""
     s, model = run.settings, run.model
     if s.compile is False or (s.compile == "auto" and model.device.type != "cuda"):
         return
@@ -309,8 +309,8 @@ def check_dataset(settings, dataset, given, state):
     vocab_size = dataset.tokenizer.vocab_size
     if given.get("vocab_size", vocab_size) != vocab_size:
         raise ValueError(
-            f"vocab_size={given['vocab_size']} but the tokenizer of {dataset.folder} has {vocab_size} "
-            "tokens: leave the setting out"
+            f"vocab_size={given['vocab_size']} but the tokenizer of {dataset.folder} has "
+            f"{vocab_size} tokens: leave the setting out"
         )
     if state and (state["data"], state["tokenizer"]) != (dataset.sha256, dataset.tokenizer_dict):
         raise ValueError(
@@ -339,8 +339,8 @@ def build_model(settings, tokenizer, state):
     config, vocab_size = model.config, tokenizer.vocab_size
     if s.block_size > config.block_size or vocab_size > config.vocab_size:
         raise ValueError(
-            f"block_size={s.block_size} with tokens below {vocab_size}, but {s.init_from} takes at most "
-            f"block_size={config.block_size} and vocab_size={config.vocab_size}: "
+            f"block_size={s.block_size} with tokens below {vocab_size}, but {s.init_from} takes "
+            f"at most block_size={config.block_size} and vocab_size={config.vocab_size}: "
             "lower block_size, or prepare the text with its tokenizer"
         )
     return model
@@ -355,7 +355,7 @@ def say_settings(settings):
 
 
 def start(settings, chosen, model, task, processes, state):
-    """(Run, lock): a run that is ready to train, new or restored, with its folder claimed by this process."""
+    """(Run, lock of its folder): a new run, or the one of `state`, ready to train."""
     lock = None
     if settings.wandb_log and processes.is_main:
         import_wandb()
@@ -374,7 +374,7 @@ def start(settings, chosen, model, task, processes, state):
 
 
 def read_settings(argv):
-    """What argv gives, after config/pydoc_char.py where it names no config file and does not resume."""
+    """The settings that argv gives. Without a config file, config/pydoc_char.py comes first."""
     arguments = read_arguments(Settings, argv)
     if arguments.config_files or arguments.given.get("init_from") == "resume":
         return arguments.given
@@ -426,6 +426,6 @@ if __name__ == "__main__":
             sys.exit(main(sys.argv[1:]))
         except torch.cuda.OutOfMemoryError as error:
             raise ValueError(
-                "the GPU's memory is full: lower batch_size (and raise gradient_accumulation_steps) "
-                "or block_size"
+                "the GPU's memory is full: lower batch_size (and raise "
+                "gradient_accumulation_steps) or block_size"
             ) from error
