@@ -46,6 +46,11 @@ from glass.stage import Answered, Stage, answer_logprobs, bag_of_tokens, labels_
 from model import GPT, Free, GPTConfig, Tunable, require
 
 LORA = {"lora_rank", "lora_alpha", "lora_targets"}
+ONLY = {  # settings that one task alone follows
+    "classify": {"balance", "prefix_weight", "lm_weight"},
+    "prefer": {"dpo_beta"},
+    "reinforce": {"reward", "group_size", "updates_per_sample", "clip", "kl_coef"},
+}
 # the settings of the model that fine-tuning chooses; all others come with the model that is tuned
 CHOOSABLE = with_role(GPTConfig, "tunable") | with_role(GPTConfig, "free") | LORA
 
@@ -101,10 +106,6 @@ class Settings(train.Settings):
             raise ValueError(
                 f"lora_rank={self.lora_rank} needs trainable=lora, found "
                 f"trainable={self.trainable}: add --trainable=lora"
-            )
-        if self.balance != "none" and self.task != "classify":
-            raise ValueError(
-                f"balance={self.balance} but task={self.task} has no classes: leave balance out"
             )
         if self.task == "reinforce" and self.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -698,6 +699,11 @@ def freeze(model, settings):
         raise ValueError(
             f"trainable={s.trainable} freeze={s.freeze!r} leave nothing to train: freeze less"
         )
+    for pattern in s.freeze.split():
+        if not any(fnmatch(name, pattern) for name, _ in model.named_parameters()):
+            raise ValueError(
+                f"freeze={pattern!r} matches no parameter: see model.named_parameters()"
+            )
     say(f"{n:,} of {total:,} parameters are trained ({n / total:.1%})")
 
 
@@ -715,6 +721,11 @@ def check_given(given):
         raise ValueError(
             f"{' '.join(sorted(idle))} would do nothing in fine-tuning: leave them out"
         )
+    task = given.get("task", Settings.task)
+    for other, names in ONLY.items():
+        named = " ".join(sorted(names & given.keys()))
+        if named and task != other and given["init_from"] != "resume":
+            raise ValueError(f"{named} would do nothing with task={task}: it is of task={other}")
     if count_processes() > 1:
         raise ValueError("finetune.py runs in one process: start it with python, not torchrun")
 

@@ -102,6 +102,12 @@ def load_model(settings):
         print(f"{folder}, step {state['step']}", file=sys.stderr)
     else:
         model, tokenizer, state = weights.load_model(s.init_from, s.which, dtype)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"{name} of {s.out_dir or s.init_from} holds NaN or infinity, so the run has "
+                "diverged: train again with a lower learning_rate, or take an earlier checkpoint"
+            )
     if s.adapter:
         weights.load_adapter(model, s.adapter)
     return Loaded(model.to(device, dtype).eval(), tokenizer, stop_ids(tokenizer), state)
@@ -325,6 +331,10 @@ class Chat:
 def main(argv):
     settings = configure(Settings, argv)
     loaded = load_model(settings)
+    if settings.export and settings.quantize:
+        raise ValueError(
+            f"quantize={settings.quantize} does nothing to an export: leave one of them out"
+        )
     if settings.export:
         loaded.model.save_pretrained(settings.export, loaded.tokenizer)
         print(f"{settings.export} is a folder that transformers loads")

@@ -8,7 +8,7 @@ and resumed ends in the weights that it would have had. The step itself is in `t
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +30,16 @@ from glass.device import (
 from glass.generate import generate
 from glass.progress import Progress, described, import_wandb, say
 from glass.run import Run, StopSignals, claim_folder, resumed_config, settle
-from glass.settings import errors_in_one_line, read_arguments, read_config_file
+from glass.settings import errors_in_one_line, read_arguments, read_config_file, with_role
 from glass.shards import Windows, evaluation_batches, open_dataset
+from glass.weights import load_tokenizer
 from model import GPT, Free, GPTConfig, Tunable, config_among, require
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config" / "pydoc_char.py"
+FRESH = ("scratch", "auto")  # the values of init_from that begin with new weights
+# the settings that published weights bring along
+WITH_WEIGHTS = {field.name for field in fields(GPTConfig)} - {"block_size"}
+WITH_WEIGHTS -= with_role(GPTConfig, "tunable") | with_role(GPTConfig, "free")
 
 
 @dataclass
@@ -330,12 +335,13 @@ def build_model(settings, tokenizer, state):
     s = settings
     if state:
         return GPT(resumed_config(state, s))
-    if s.init_from in ("scratch", "auto"):
+    if s.init_from in FRESH:
         torch.manual_seed(s.seed)
         return GPT(config_among(s, tokenizer.vocab_size))
     choices = dict(dropout=s.dropout, attn_dropout=s.attn_dropout)
     choices |= dict(attention=s.attention, loss_chunk=s.loss_chunk)
     model = GPT.from_pretrained(s.init_from, dtype=torch.float32, **choices)
+    check_tokenizer(s.init_from, tokenizer)
     config, vocab_size = model.config, tokenizer.vocab_size
     if s.block_size > config.block_size or vocab_size > config.vocab_size:
         raise ValueError(
@@ -344,6 +350,28 @@ def build_model(settings, tokenizer, state):
             "lower block_size, or prepare the text with its tokenizer"
         )
     return model
+
+
+def check_tokenizer(name, tokenizer):
+    """ValueError where the dataset's tokens are not those that published weights were trained on."""
+    try:
+        published = load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        say(f"the tokenizer of {name} cannot be compared with the dataset's: {error}")
+        return
+
+    def as_bytes(tokens):
+        return [token if isinstance(token, bytes) else token.encode() for token in tokens]
+
+    ours, theirs = as_bytes(tokenizer.tokens), as_bytes(published.tokens)
+    wrong = [i for i, token in enumerate(ours) if i >= len(theirs) or token != theirs[i]]
+    if wrong:
+        i = wrong[0]
+        their_token = theirs[i] if i < len(theirs) else None
+        raise ValueError(
+            f"token {i} is {ours[i]!r} in the dataset but {their_token!r} in {name}: "
+            "prepare the text with the tokenizer of these weights"
+        )
 
 
 def say_settings(settings):
@@ -359,6 +387,14 @@ def start(settings, chosen, model, task, processes, state):
     lock = None
     if settings.wandb_log and processes.is_main:
         import_wandb()
+    if (
+        settings.overwrite
+        and Path(settings.init_from).resolve() == Path(settings.out_dir).resolve()
+    ):
+        raise ValueError(
+            f"overwrite=True would remove {settings.out_dir}, which init_from names: "
+            "choose another out_dir"
+        )
     if processes.is_main:
         settings, lock = claim_folder(settings, resumes=state is not None)
     run = Run(settings, chosen | {"out_dir": settings.out_dir}, model, task, processes)
@@ -374,16 +410,39 @@ def start(settings, chosen, model, task, processes, state):
 
 
 def read_settings(argv):
-    """The settings that argv gives. Without a config file, config/pydoc_char.py comes first."""
+    """(the settings that argv gives, the names of those that stand on the command line itself).
+
+    Without a config file, config/pydoc_char.py comes first.
+    """
     arguments = read_arguments(Settings, argv)
-    if arguments.config_files or arguments.given.get("init_from") == "resume":
-        return arguments.given
-    say("no config file is named, so config/pydoc_char.py comes first")
-    return read_config_file(Settings, DEFAULT_CONFIG) | arguments.given
+    given, paths = arguments.given, arguments.config_files
+    if not paths and given.get("init_from") != "resume":
+        say("no config file is named, so config/pydoc_char.py comes first")
+        paths = [DEFAULT_CONFIG]
+    from_files = {}
+    for path in paths:
+        from_files |= read_config_file(Settings, path)
+    options = {name for name in given if name not in from_files or given[name] != from_files[name]}
+    return from_files | given, options
+
+
+def with_model(settings, chosen, config, options):
+    """settings and chosen with the architecture of published weights, whose GPTConfig is `config`.
+
+    Raises ValueError where the command line asks for another architecture.
+    """
+    architecture = {name: getattr(config, name) for name in WITH_WEIGHTS - {"vocab_size"}}
+    for name in sorted(architecture.keys() & options):
+        if getattr(settings, name) != architecture[name]:
+            raise ValueError(
+                f"{name}={getattr(settings, name)} but the weights of {settings.init_from} have "
+                f"{name}={architecture[name]}: leave it out"
+            )
+    return replace(settings, **architecture), chosen | architecture
 
 
 def main(argv):
-    given = read_settings(argv)
+    given, options = read_settings(argv)
     settings, chosen, state = settle(given, Settings, Pretraining.script)
     G = settings.batch_size * settings.gradient_accumulation_steps
     if G % count_processes():
@@ -399,6 +458,8 @@ def main(argv):
     if device.type == "cpu":
         keep_freed_memory()
     model = build_model(settings, dataset.tokenizer, state).to(processes.device)
+    if settings.init_from not in FRESH and not state:
+        settings, chosen = with_model(settings, chosen, model.config, options)
     task = Pretraining(settings, dataset, processes.device)
     if processes.is_main:
         say_settings(settings)
