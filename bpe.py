@@ -1,7 +1,7 @@
 """Tokenizers from scratch: characters, words, and byte-level byte-pair encoding (BPE).
 
-A tokenizer turns text into ids from 0 to vocab_size - 1 and back. The three share one protocol (class Tokenizer), so
-that nothing that uses one asks which it has. Stored as JSON, never pickled:
+A tokenizer turns text into ids from 0 to vocab_size - 1 and back. The three kinds follow one
+protocol (class Tokenizer), so a caller need not know which kind it has. They are saved as JSON.
 
     tokenizer = BPETokenizer.train(Path("input.txt"), vocab_size=4096)
     ids = tokenizer.encode("lowest newest widest")
@@ -10,11 +10,11 @@ that nothing that uses one asks which it has. Stored as JSON, never pickled:
     tokenizer = load_tokenizer("data/tok.json")
 
     python bpe.py train --input input.txt --vocab_size 4096 --out data/tok.json
-    python bpe.py show "lowest newest widest" --tokenizer data/tok.json      # merge by merge
-    python bpe.py tokens input.txt --tokenizer data/tok.json                 # the text, coloured by token
+    python bpe.py show "lowest newest widest" --tokenizer data/tok.json    # merge by merge
+    python bpe.py tokens input.txt --tokenizer data/tok.json               # coloured by token
 
-BPE: Sennrich, Haddow and Birch, arXiv:1508.07909; on bytes: Radford et al., "Language Models are Unsupervised
-Multitask Learners" (GPT-2), 2019.
+BPE is from Sennrich, Haddow and Birch, arXiv:1508.07909. BPE on bytes is from Radford et al.,
+"Language Models are Unsupervised Multitask Learners" (GPT-2), 2019.
 """
 
 import argparse
@@ -35,19 +35,18 @@ from pathlib import Path
 import regex
 from tqdm import tqdm
 
-# Special tokens: in the vocabulary, but never made from ordinary text. END_OF_TEXT stands between documents.
-PAD, UNKNOWN, END_OF_TEXT = "<|pad|>", "<|unk|>", "<|endoftext|>"
-SYSTEM, USER, ASSISTANT, END = (
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end|>",
-)  # the turns of a chat
+# Ordinary text never becomes one of these special tokens.
+PAD, UNKNOWN = "<|pad|>", "<|unk|>"
+END_OF_TEXT = "<|endoftext|>"  # stands between documents
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"  # begin a turn of a chat
+END = "<|end|>"  # ends a turn of a chat
 SPECIAL_TOKENS = (PAD, UNKNOWN, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
-BPE_SPECIAL_TOKENS = (PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)  # bytes leave nothing unknown
+BPE_SPECIAL_TOKENS = (PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)  # bytes can spell any text
 
-# How text is cut into pre-tokens, inside which BPE merges: as published, and the same for ASCII text in the standard
-# library's re, which takes half the time of the package regex (under re.ASCII, \s means the same six characters).
+# How text is cut into pre-tokens. BPE merges only inside a pre-token. Each name has two patterns.
+# The first is the published one, for the package regex. The second is for the standard library's
+# re: it cuts ASCII text the same way in half the time. Under re.ASCII, \s matches the same six
+# characters.
 CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 PATTERNS = {
     "gpt2": (
@@ -62,14 +61,18 @@ PATTERNS = {
     ),
 }
 
-# Just before a space that follows a non-space, every pattern above starts a new pre-token: there text can be cut.
+# Every pattern above starts a new pre-token at a space that follows a non-space. Text can be cut
+# there.
 SAFE_CUT = re.compile(r"(?<=\S) ")
 LONGEST_PIECE = 400_000  # characters; tiktoken 0.14 fails on a run of a million spaces
-CACHED_PRETOKENS = 500_000
+CACHED_PRETOKENS = 500_000  # a larger cache is emptied
 
 
 def texts_of(texts):
-    """Strings, one after the other: a str is text, a Path is a UTF-8 file, anything else an iterable of either."""
+    """Yield strings one after the other.
+
+    A str is text, a Path is a UTF-8 file, anything else is an iterable of either.
+    """
     if isinstance(texts, str):
         yield texts
     elif isinstance(texts, Path):
@@ -80,11 +83,13 @@ def texts_of(texts):
 
 
 def read_text(path):
-    """The text of a file, line ends as they are. Raises ValueError with the byte offset where it is not UTF-8."""
+    """The text of a UTF-8 file, with its line endings unchanged.
+
+    Raises FileNotFoundError if there is no such file, and ValueError, with the byte offset, if it
+    is not UTF-8.
+    """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path} is not a file that is there: give the path of a UTF-8 text"
-        )
+        raise FileNotFoundError(f"{path} is not a file: give the path of a UTF-8 text file")
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -94,9 +99,9 @@ def read_text(path):
 
 
 def pieces_of(text, size):
-    """text in pieces of `size` characters or a little more, cut where no pre-token crosses the cut.
+    """Yield text in pieces of `size` characters or a little more, cut between pre-tokens.
 
-    Only where LONGEST_PIECE characters hold no such place, the cut is made anyway.
+    If no safe cut is found within LONGEST_PIECE characters, the text is cut there anyway.
     """
     start = 0
     while len(text) - start > size:
@@ -109,9 +114,10 @@ def pieces_of(text, size):
 
 
 def split_pretokens(text, pattern):
-    """The pre-tokens of text, in order; joined they are the text. pattern: a name in PATTERNS or a regular expression.
+    """The pre-tokens of text in order, as a list of strings. Joined, they give text again.
 
-    Any text that is not ASCII is looked at in short pieces, since most of them are.
+    pattern: a name in PATTERNS or a regular expression. Text that is not ASCII is matched in short
+    pieces, because most of the pieces are ASCII.
     """
     if pattern not in PATTERNS:
         return regex.findall(pattern, text)
@@ -119,7 +125,8 @@ def split_pretokens(text, pattern):
     if text.isascii():
         return re.findall(ascii_pattern, text, re.ASCII)
     pretokens = []
-    for piece in pieces_of(text, 2_000) if len(text) < LONGEST_PIECE else [text]:
+    pieces = pieces_of(text, 2_000) if len(text) < LONGEST_PIECE else [text]
+    for piece in pieces:
         if piece.isascii():
             pretokens += re.findall(ascii_pattern, piece, re.ASCII)
         else:
@@ -128,15 +135,18 @@ def split_pretokens(text, pattern):
 
 
 def map_in_processes(work, items, processes, initializer=None, initargs=()):
-    """work(item) of each item, in order; only a few items per process are under way, so that memory stays constant."""
+    """Yield work(item) for each item, in order.
+
+    Only a few items per process are in flight, so memory stays constant. initializer(*initargs)
+    runs once in each process first. With processes=1, this process does the work.
+    """
     if processes == 1:
         if initializer:
             initializer(*initargs)
         yield from map(work, items)
         return
-    start_method = (
-        "fork" if sys.platform == "linux" else "spawn"
-    )  # forking takes 10 ms, not the 100 of a new start
+    # Forking a process takes 10 ms, starting a new one 100 ms.
+    start_method = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(start_method)
     with ProcessPoolExecutor(processes, context, start_worker, (initializer, initargs)) as pool:
         pending = deque()
@@ -149,7 +159,9 @@ def map_in_processes(work, items, processes, initializer=None, initargs=()):
 
 
 def start_worker(initializer, initargs):
-    """First in each worker: end when the main process is gone, whatever killed it."""
+    """Run first in each worker. The worker then ends when the main process is gone, however it
+    died.
+    """
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -161,8 +173,12 @@ def start_worker(initializer, initargs):
 
 
 class Tokenizer:
-    """What the three kinds share. A kind has `tokens` (text or bytes of each id, specials included), `special_tokens`
-    (name to id), `encode_ordinary`, `to_dict` and `from_dict`."""
+    """What the three kinds share.
+
+    A kind has `tokens` (the text or bytes of each id, specials included), `special_tokens` (name to
+    id), `encode_ordinary` (the ids of text in which nothing is special), `to_dict` (plain types for
+    JSON) and `from_dict`, its inverse.
+    """
 
     @property
     def vocab_size(self):
@@ -170,60 +186,71 @@ class Tokenizer:
         return len(self.tokens)
 
     def encode(self, text, allowed_special=()):
-        """The ids of text. The string of a special token becomes that token only where `allowed_special` names it
-        (or is "all"); otherwise it is text like any other."""
+        """The ids of text, as a list.
+
+        The string of a special token becomes that token only if `allowed_special` names it or is
+        "all". Otherwise it is text like any other. Raises ValueError for a name that is no special
+        token.
+        """
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
         if unknown := set(allowed) - self.special_tokens.keys():
-            known = sorted(self.special_tokens)
             raise ValueError(
-                f"allowed_special={sorted(unknown)} must be special tokens of this tokenizer: {known}"
+                f"allowed_special={sorted(unknown)} must be special tokens of this tokenizer: "
+                f"choose from {sorted(self.special_tokens)}"
             )
         if not allowed:
             return self.encode_ordinary(text)
         longest_first = sorted(allowed, key=len, reverse=True)
-        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        separator = "(" + "|".join(map(re.escape, longest_first)) + ")"
         ids = []
-        for i, part in enumerate(
-            parts
-        ):  # texts at even places, the specials between them at odd ones
-            ids += [self.special_tokens[part]] if i % 2 else self.encode_ordinary(part)
+        # re.split keeps what the group matched: text at even places, special tokens at odd ones.
+        for i, part in enumerate(re.split(separator, text)):
+            if i % 2:
+                ids.append(self.special_tokens[part])
+            else:
+                ids += self.encode_ordinary(part)
         return ids
 
     def encode_batch(self, texts, allowed_special=()):
-        """One list of ids for each text."""
+        """A list of ids for each text."""
         return [self.encode(text, allowed_special) for text in texts]
 
     def decode(self, ids):
-        """The text of ids; what is not UTF-8 becomes the replacement character."""
+        """The text of ids. Bytes that are not UTF-8 become the replacement character U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids):
-        """The exact bytes of ids. Raises ValueError for an id outside of the vocabulary."""
+        """The exact bytes of ids. Raises ValueError for an id outside the vocabulary."""
         ids = list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            found = f"ids from {min(ids)} to {max(ids)} but vocab_size={self.vocab_size}"
-            raise ValueError(f"{found}: decode with the tokenizer that made them")
-        joined = [self.tokens[i] for i in ids]
-        return (
-            b"".join(joined)
-            if isinstance(self.tokens[0], bytes)
-            else "".join(joined).encode("utf-8")
-        )
+            raise ValueError(
+                f"ids from {min(ids)} to {max(ids)} but vocab_size={self.vocab_size}: "
+                "decode with the tokenizer that made them"
+            )
+        parts = [self.tokens[i] for i in ids]
+        if isinstance(self.tokens[0], bytes):
+            return b"".join(parts)
+        return "".join(parts).encode("utf-8")
 
     def unknown_characters(self, text):
-        """The parts of text that encode to UNKNOWN, each once, in order: none for BPE, which has every byte."""
+        """The parts of text that encode to UNKNOWN, each once, in order.
+
+        BPE has none, because it has every byte.
+        """
         return []
 
     def save(self, path):
-        """Write the tokenizer as JSON."""
+        """Write the tokenizer to path as JSON, and make the folders above it."""
+        document = json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(
-            json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+        Path(path).write_text(document, encoding="utf-8")
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character: the sorted characters of the training text (nanoGPT's ids), then the specials."""
+    """One token per character: the sorted characters of the training text, then the specials.
+
+    The characters get the same ids as in nanoGPT.
+    """
 
     def __init__(self, characters, special_tokens=SPECIAL_TOKENS):
         self.characters = characters
@@ -233,6 +260,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, special_tokens=SPECIAL_TOKENS):
+        """A tokenizer with a token for each character that occurs in texts (see `texts_of`)."""
         characters = set()
         for text in texts_of(texts):
             characters.update(text)
@@ -258,9 +286,10 @@ class CharTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    """One token per word with the space before it, or per punctuation mark: the most frequent first, then the specials.
+    """One token per word with the space before it, or per punctuation mark.
 
-    Every character belongs to one token, so decoding is joining.
+    The most frequent word comes first, the specials come last. Every character belongs to exactly
+    one token, so decoding joins the tokens.
     """
 
     PATTERN = re.compile(r" ?\w+| ?[^\w\s]|\s")
@@ -273,15 +302,18 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size=None, special_tokens=SPECIAL_TOKENS):
-        """The vocab_size most frequent words, specials included (None: all of them); ties in alphabetical order."""
+        """A tokenizer of the vocab_size most frequent words, specials included; None keeps all
+        words.
+
+        Equally frequent words are in alphabetical order.
+        """
         counts = Counter()
         for text in texts_of(texts):
             counts.update(cls.PATTERN.findall(text))
         words = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(
-            words if vocab_size is None else words[: vocab_size - len(special_tokens)],
-            special_tokens,
-        )
+        if vocab_size is not None:
+            words = words[: vocab_size - len(special_tokens)]
+        return cls(words, special_tokens)
 
     def encode_ordinary(self, text):
         unknown = self.special_tokens[UNKNOWN]
@@ -299,9 +331,10 @@ class WordTokenizer(Tokenizer):
 
 
 def printable_bytes():
-    """GPT-2's way to write the 256 bytes as visible characters: byte to character, in GPT-2's order.
+    """A dict from each of the 256 bytes to a visible character, in GPT-2's order.
 
-    Printable ones stand for themselves, the others for the characters from 256 on; so a space is written as Ġ.
+    A printable byte becomes the character of that number; the others become the characters from 256
+    on. A space is written as Ġ.
     """
     visible = [
         *range(ord("!"), ord("~") + 1),
@@ -309,37 +342,41 @@ def printable_bytes():
         *range(ord("®"), ord("ÿ") + 1),
     ]
     others = [byte for byte in range(256) if byte not in visible]
-    return {
-        **{byte: chr(byte) for byte in visible},
-        **{byte: chr(256 + i) for i, byte in enumerate(others)},
-    }
+    characters = {byte: chr(byte) for byte in visible}
+    characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return characters
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE: 256 bytes, then one token for each merge in the order of learning, then the specials.
+    """Byte-level BPE: 256 bytes, then one token per merge in the order learned, then the specials.
 
-    Text is cut into pre-tokens by a regular expression; in each, the two neighbours whose joined bytes are the token
-    of the lowest id are merged, leftmost first, until no two neighbours make a token. That is tiktoken's rule, and
-    with `fast` tiktoken does the work; `merge` is the same in plain Python.
+    A regular expression cuts text into pre-tokens. In each pre-token, encoding merges the two
+    neighbours whose joined bytes are the token with the lowest id. Of several such places, the
+    leftmost is first. It repeats this until no two neighbours form a token. This is tiktoken's
+    rule. With `fast`, tiktoken does the work; `merge` does the same in plain Python.
     """
 
     def __init__(self, tokens, special_tokens, pattern="gpt2", fast=True):
-        """tokens: the bytes of every ordinary token in order of merging; they take the ids that special_tokens (name to
-        id) leave free. pattern: a name in PATTERNS or a regular expression. Raises ValueError where a byte is missing,
-        a token is there twice, or the ids have a gap."""
+        """A tokenizer of the given tokens.
+
+        tokens: the bytes of every ordinary token, in merge order. They take the ids that
+        special_tokens (name to id) leaves free. pattern: a name in PATTERNS or a regular
+        expression. Raises ValueError if a byte has no token, a token occurs twice, or the ids have
+        a gap.
+        """
         names = {i: name.encode("utf-8") for name, i in special_tokens.items()}
         size = len(tokens) + len(names)
         if missing := {bytes([byte]) for byte in range(256)} - set(tokens):
             raise ValueError(
-                f"bytes={sorted(missing)} have no token: a byte-level tokenizer needs all 256"
+                f"bytes={sorted(missing)} have no token, but a byte-level tokenizer needs all 256: "
+                "add them"
             )
-        if (
-            len(set(tokens)) < len(tokens)
-            or len(names) < len(special_tokens)
-            or max(names, default=0) >= size
-        ):
-            found = f"tokens={len(tokens)}, special_tokens={special_tokens}"
-            raise ValueError(f"{found} must have the ids 0 to {size - 1} once each: renumber them")
+        has_duplicates = len(set(tokens)) < len(tokens) or len(names) < len(special_tokens)
+        if has_duplicates or max(names, default=0) >= size:
+            raise ValueError(
+                f"{len(tokens)} tokens and special_tokens={special_tokens} must have the ids 0 to "
+                f"{size - 1} once each: renumber them"
+            )
         ordinary = iter(tokens)
         self.tokens = [names[i] if i in names else next(ordinary) for i in range(size)]
         self.special_tokens = dict(special_tokens)
@@ -360,33 +397,30 @@ class BPETokenizer(Tokenizer):
         progress=False,
         on_merge=None,
     ):
-        """Learn vocab_size tokens, 256 bytes and special_tokens included; fewer where no pair is left.
+        """A tokenizer of vocab_size tokens learned from texts, the bytes and specials included.
 
-        The most frequent pair of neighbours is merged first, of equally frequent ones that of the lower
-        ids. So the result does not depend on the number of processes (None: one per core where the text
-        is long). progress shows a bar; on_merge: see learn_tokens.
+        It has fewer tokens if no pair is left to merge. The most frequent pair of neighbours is
+        merged first; of equally frequent pairs, the one with the lower ids. So the result does not
+        depend on the number of processes (None: one per core if the text is long). progress shows a
+        bar. on_merge: see `learn_tokens`.
         """
         learned = vocab_size - len(special_tokens)
         if learned < 256:
-            needed = 256 + len(special_tokens)
             raise ValueError(
-                f"vocab_size={vocab_size} must be at least {needed}, the bytes and specials: take more"
+                f"vocab_size={vocab_size} must be at least {256 + len(special_tokens)}, "
+                "to hold every byte and special token: raise it"
             )
         counts = count_pretokens(texts, pattern, processes)
         if not counts:
-            raise ValueError(
-                "the text to train a tokenizer on is empty: give files with text in them"
-            )
+            raise ValueError("the text to train a tokenizer on is empty: give files that hold text")
         tokens = learn_tokens(counts, learned, progress, on_merge)
-        return cls(
-            tokens, {name: len(tokens) + i for i, name in enumerate(special_tokens)}, pattern
-        )
+        special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
+        return cls(tokens, special_ids, pattern)
 
     def encode_ordinary(self, text):
         if len(text) > LONGEST_PIECE:
-            return list(
-                chain.from_iterable(map(self.encode_ordinary, pieces_of(text, LONGEST_PIECE // 2)))
-            )
+            pieces = pieces_of(text, LONGEST_PIECE // 2)
+            return list(chain.from_iterable(map(self.encode_ordinary, pieces)))
         if self.fast:
             return self.to_tiktoken().encode_ordinary(text)
         if len(self.cache) > CACHED_PRETOKENS:
@@ -397,26 +431,23 @@ class BPETokenizer(Tokenizer):
         return list(chain.from_iterable(map(self.cache.__getitem__, pretokens)))
 
     def merge(self, pretoken):
-        """The ids of one pre-token (bytes), in n log n steps."""
+        """The ids of one pre-token, given as bytes. Takes n log n steps."""
         ranks = self.ranks
         if pretoken in ranks:
             return [ranks[pretoken]]
-        parts = [
-            pretoken[i : i + 1] for i in range(len(pretoken))
-        ]  # b"" once it is merged into an earlier one
-        before, after = (
-            list(range(-1, len(parts) - 1)),
-            list(range(1, len(parts) + 1)),
-        )  # the living neighbours
-        candidates = [
-            (ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks
-        ]
+        # A part becomes b"" when it is merged into the one before it. before and after give the
+        # nearest parts that are not b"".
+        parts = [pretoken[i : i + 1] for i in range(len(pretoken))]
+        before = list(range(-1, len(parts) - 1))
+        after = list(range(1, len(parts) + 1))
+        pairs = map(add, parts, parts[1:])
+        candidates = [(ranks[pair], i) for i, pair in enumerate(pairs) if pair in ranks]
         heapify(candidates)
         while candidates:
             rank, i = heappop(candidates)
             j = after[i]
             if not parts[i] or j == len(parts) or ranks.get(parts[i] + parts[j]) != rank:
-                continue  # one of the two was merged with another neighbour
+                continue  # one of the two has been merged with another neighbour
             parts[i], parts[j] = parts[i] + parts[j], b""
             after[i] = after[j]
             if after[i] < len(parts):
@@ -429,19 +460,24 @@ class BPETokenizer(Tokenizer):
         return [ranks[part] for part in parts if part]
 
     def merge_steps(self, pretoken):
-        """The parts (bytes) of a pre-token after each merge, the single bytes first: `merge` as it is defined."""
+        """Yield the parts of a pre-token, a list of bytes, before the first merge and after each
+        one.
+
+        This is the definition of BPE encoding; `merge` gives the same ids faster.
+        """
         parts = [pretoken[i : i + 1] for i in range(len(pretoken))]
         yield parts
-        ranks = self.ranks
-        while pairs := [
-            (ranks[pair], i) for i, pair in enumerate(map(add, parts, parts[1:])) if pair in ranks
-        ]:
-            i = min(pairs)[1]
+        while True:
+            pairs = map(add, parts, parts[1:])
+            candidates = [(self.ranks[p], i) for i, p in enumerate(pairs) if p in self.ranks]
+            if not candidates:
+                return
+            _, i = min(candidates)
             parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
             yield parts
 
     def to_tiktoken(self):
-        """The same tokenizer as a tiktoken.Encoding, made once."""
+        """This tokenizer as a tiktoken.Encoding, built at the first call."""
         if self.tiktoken is None:
             import tiktoken
 
@@ -456,21 +492,25 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_gpt2(cls):
-        """OpenAI's GPT-2 tokenizer, through tiktoken, which downloads its two files once."""
+        """OpenAI's GPT-2 tokenizer, from tiktoken, which downloads its two files once.
+
+        Raises OSError if they cannot be downloaded.
+        """
         import tiktoken
 
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except OSError as error:
             raise OSError(
-                f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}): connect to the network once, or set "
-                "TIKTOKEN_CACHE_DIR to a folder with tiktoken's copies of its two files"
+                f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}): "
+                "connect to the network once, "
+                "or set TIKTOKEN_CACHE_DIR to a folder with tiktoken's copies of its two files"
             ) from error
         ranks = encoding._mergeable_ranks
         return cls(sorted(ranks, key=ranks.get), encoding._special_tokens, "gpt2")
 
     def written_tokens(self):
-        """The ordinary tokens in visible characters, in order: "Ġthe" for b" the"."""
+        """The ordinary tokens in visible characters, in order of id: "Ġthe" for b" the"."""
         character = printable_bytes()
         return ["".join(map(character.__getitem__, token)) for token in self.ranks]
 
@@ -485,25 +525,22 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, saved):
-        return cls(
-            list(map(read_token, saved["tokens"].split(" "))),
-            saved["special_tokens"],
-            saved["pattern"],
-        )
+        tokens = list(map(read_token, saved["tokens"].split(" ")))
+        return cls(tokens, saved["special_tokens"], saved["pattern"])
 
     def to_huggingface(self):
-        """The content of a tokenizer.json for the package tokenizers.
+        """The content of a tokenizer.json for the package tokenizers, as a dict.
 
-        There a merge is a pair of tokens; here any pair that joins to a token merges. So every way to split a token
-        into two others is a merge, in the order of the tokens.
+        In that package a merge is a pair of tokens. Here, any pair that joins to a token merges. So
+        each way to split a token into two tokens is written as a merge, in the order of the tokens.
         """
         written = dict(zip(self.ranks, self.written_tokens(), strict=True))
         merges = []
         for token in self.ranks:
-            splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-            merges += [
-                [written[a], written[b]] for a, b in splits if a in self.ranks and b in self.ranks
-            ]
+            for i in range(1, len(token)):
+                left, right = token[:i], token[i:]
+                if left in self.ranks and right in self.ranks:
+                    merges.append([written[left], written[right]])
         pattern = PATTERNS[self.pattern][0] if self.pattern in PATTERNS else self.pattern
         byte_level = {
             "type": "ByteLevel",
@@ -524,12 +561,12 @@ class BPETokenizer(Tokenizer):
             "normalized": False,
             "special": True,
         }
-        vocab = {written[token]: i for token, i in self.ranks.items()} | self.special_tokens
+        special = self.special_tokens
+        added_tokens = [{"id": i, "content": name, **plain} for name, i in special.items()]
+        vocab = {written[token]: i for token, i in self.ranks.items()} | special
         return {
             "version": "1.0",
-            "added_tokens": [
-                {"id": i, "content": name, **plain} for name, i in self.special_tokens.items()
-            ],
+            "added_tokens": added_tokens,
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
             "post_processor": byte_level,
@@ -539,31 +576,36 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_huggingface(cls, saved):
-        """From the content of a tokenizer.json, byte-level BPE of GPT-2's or Llama 3's kind; ValueError for others."""
-        model, steps = saved["model"], saved.get("pre_tokenizer") or {}
-        steps = {
-            step["type"]: step for step in steps.get("pretokenizers", [steps] if steps else [])
-        }
+        """The tokenizer described by the content of a tokenizer.json, a dict.
+
+        Raises ValueError unless it is byte-level BPE of GPT-2's or Llama 3's kind.
+        """
+        model = saved["model"]
+        pre_tokenizer = saved.get("pre_tokenizer") or {}
+        listed = pre_tokenizer.get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
+        steps = {step["type"]: step for step in listed}
         if model.get("type") != "BPE" or "ByteLevel" not in steps or saved.get("normalizer"):
-            found = f"model={model.get('type')}, pre_tokenizer={sorted(steps)}, normalizer={saved.get('normalizer')}"
             raise ValueError(
-                f"tokenizer.json has {found}: needed is byte-level BPE of GPT-2's or Llama 3's kind"
+                f"tokenizer.json has model={model.get('type')}, pre_tokenizer={sorted(steps)}, "
+                f"normalizer={saved.get('normalizer')}, but must be byte-level BPE of GPT-2's or "
+                "Llama 3's kind: choose another"
             )
         if steps["ByteLevel"].get("add_prefix_space"):
             raise ValueError(
-                "add_prefix_space=True in tokenizer.json is not done here: set it to false if that fits"
+                "tokenizer.json has add_prefix_space=True, which is not supported: "
+                "set it to false if that fits"
             )
         pattern = steps["Split"]["pattern"]["Regex"] if "Split" in steps else PATTERNS["gpt2"][0]
-        pattern = next(
-            (name for name, (published, _) in PATTERNS.items() if published == pattern), pattern
-        )
+        names = {published: name for name, (published, _) in PATTERNS.items()}
+        pattern = names.get(pattern, pattern)
         special_tokens = {token["content"]: token["id"] for token in saved["added_tokens"]}
         written = sorted(model["vocab"].keys() - special_tokens.keys(), key=model["vocab"].get)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merged = list(dict.fromkeys(left + right for left, right in merges))
         if merged != sorted(merged, key=model["vocab"].get):
             raise ValueError(
-                "merges of tokenizer.json are not in the order of the ids, which decide here: renumber it"
+                "tokenizer.json lists its merges in another order than the ids, but here the ids "
+                "give the order of merging: renumber the tokens"
             )
         return cls(list(map(read_token, written)), special_tokens, pattern)
 
@@ -572,7 +614,10 @@ BYTE_OF = {character: byte for byte, character in printable_bytes().items()}
 
 
 def read_token(written):
-    """The bytes of a token in visible characters. Raises ValueError for a character that stands for no byte."""
+    """The bytes of a token that is written in visible characters.
+
+    Raises ValueError for a character that stands for no byte.
+    """
     try:
         return bytes(map(BYTE_OF.__getitem__, written))
     except KeyError as error:
@@ -582,10 +627,17 @@ def read_token(written):
 
 
 def count_pretokens(texts, pattern, processes=None):
-    """How often each pre-token stands in texts, as a Counter; counted in several processes where that pays."""
+    """How often each pre-token occurs in texts, as a Counter.
+
+    processes: how many count a long text; None takes one per core. A short text is counted in this
+    process.
+    """
     jobs = ((piece, pattern) for text in texts_of(texts) for piece in pieces_of(text, 1_000_000))
     first = list(islice(jobs, 3))
-    processes = 1 if len(first) < 3 else processes or os.cpu_count()
+    if len(first) < 3:
+        processes = 1
+    else:
+        processes = processes or os.cpu_count()
     counts = Counter()
     for part in map_in_processes(count_piece, chain(first, jobs), processes):
         counts.update(part)
@@ -593,22 +645,22 @@ def count_pretokens(texts, pattern, processes=None):
 
 
 def count_piece(job):
+    """How often each pre-token occurs in a (piece, pattern), as a Counter."""
     piece, pattern = job
-    return Counter(
-        chain.from_iterable(split_pretokens(part, pattern) for part in pieces_of(piece, 100_000))
-    )
+    parts = pieces_of(piece, 100_000)
+    return Counter(chain.from_iterable(split_pretokens(part, pattern) for part in parts))
 
 
 def learn_tokens_plainly(pretokens, size):
-    """The bytes of `size` tokens, 256 single bytes first, that BPE learns from pre-tokens and their counts.
+    """The bytes of the tokens that BPE learns from pre-tokens and their counts, a list of `size`.
 
-    As BPE is defined: count every pair of neighbours, merge the most frequent one everywhere (of equally
-    frequent pairs that of the lower ids), count again. `learn_tokens` learns the same, thousands of times
-    faster.
+    The 256 single bytes come first. This is the definition of BPE: count every pair of neighbours,
+    merge the most frequent pair everywhere, count again. Of equally frequent pairs, the one with
+    the lower ids is merged. `learn_tokens` learns the same tokens, thousands of times faster.
     """
-    words = {
-        pretoken: [bytes([byte]) for byte in pretoken.encode("utf-8")] for pretoken in pretokens
-    }
+    words = {}
+    for pretoken in pretokens:
+        words[pretoken] = [bytes([byte]) for byte in pretoken.encode("utf-8")]
     tokens = [bytes([byte]) for byte in range(256)]
     while len(tokens) < size:
         counts = Counter()
@@ -622,16 +674,18 @@ def learn_tokens_plainly(pretokens, size):
         if left + right not in ids:
             tokens.append(left + right)
         for parts in words.values():
-            for i in range(
-                len(parts) - 1
-            ):  # the list gets shorter meanwhile, so the last places find nothing
+            # Merging shortens the list, so the last places find nothing.
+            for i in range(len(parts) - 1):
                 if parts[i : i + 2] == [left, right]:
                     parts[i : i + 2] = [left + right]
     return tokens
 
 
 def count_pairs(words, frequency):
-    """(counts, where): how often each pair of characters stands in the text, and in which words."""
+    """(counts, where): how often each pair of characters occurs, and the indices of its words.
+
+    words: a list of strings; frequency(w): how often word w occurs in the text.
+    """
     where = defaultdict(list)
     for w, word in enumerate(words):
         for left, right in zip(word, word[1:]):  # noqa: B905 (one shorter)
@@ -641,12 +695,13 @@ def count_pairs(words, frequency):
 
 
 def learn_tokens(pretokens, size, progress=False, on_merge=None):
-    """The bytes of `size` tokens that BPE learns from a dict of pre-token to count: see above.
+    """The bytes of the tokens that BPE learns from a dict of pre-token to count, a list of `size`.
 
-    A word is a string with one character per token, chr(id), so that merging a pair is replacing two
-    characters by one. Only the words that hold the merged pair are touched, and in them only the counts
-    of its neighbours change. Where the joined bytes are a token already, the pair becomes that token, and
-    no new one is made. on_merge(left, right, count, id) is called at each merge, with the tokens' bytes.
+    The list is shorter if no pair is left to merge. See `learn_tokens_plainly` for the definition.
+    A word is a string with one character per token, chr(id), so merging a pair replaces two
+    characters by one. Only the words that hold the merged pair are touched. If the joined bytes are
+    already a token, the pair becomes that token. on_merge(left, right, count, id) is called at each
+    merge, with the bytes of the two tokens.
     """
     words = [pretoken.encode("utf-8").decode("latin-1") for pretoken in pretokens]
     frequency = list(pretokens.values()).__getitem__
@@ -658,11 +713,11 @@ def learn_tokens(pretokens, size, progress=False, on_merge=None):
 
     progress_bar = tqdm(total=size - 256, desc="merges", disable=not progress)
     collecting = gc.isenabled()
-    gc.disable()  # millions of short lists, no cycles: the collector would take a fifth of the time
+    gc.disable()  # the many short lists hold no cycles; collecting would take a fifth of the time
     while len(tokens) < size and most_frequent:
         count, pair = heappop(most_frequent)
         if counts.get(pair, 0) != -count:
-            if counts.get(pair, 0) > 0:  # it became rarer since it was put here
+            if counts.get(pair, 0) > 0:  # it has become rarer since it was pushed
                 heappush(most_frequent, (-counts[pair], pair))
             continue
         a, b = pair
@@ -673,30 +728,7 @@ def learn_tokens(pretokens, size, progress=False, on_merge=None):
         if ord(new) == len(tokens):
             tokens.append(joined)
             progress_bar.update()
-
-        # Replace the pair in its words; those before and after it are neighbours of the new token now.
-        before, after, grown = defaultdict(list), defaultdict(list), set()
-        for w in where.pop(pair):
-            left, found, right = words[w].partition(pair)
-            if not found:
-                continue  # the pair was merged away with another neighbour
-            if pair in right:
-                grown |= recount(w, words, frequency(w), pair, new, counts, where)
-                continue
-            words[w] = left + new + right
-            if left:
-                before[left[-1]].append(w)
-            if right:
-                after[right[0]].append(w)
-        old_and_new = [(x + a, x + new, holders) for x, holders in before.items()]
-        old_and_new += [(b + x, new + x, holders) for x, holders in after.items()]
-        for old_pair, new_pair, holders in old_and_new:
-            moved = sum(map(frequency, holders))
-            counts[old_pair] -= moved
-            counts[new_pair] += moved
-            where[new_pair] += holders
-            grown.add(new_pair)
-        counts.pop(pair, None)
+        grown = replace_pair(pair, new, words, frequency, counts, where)
         for other in grown:
             heappush(most_frequent, (-counts[other], other))
     if collecting:
@@ -705,8 +737,44 @@ def learn_tokens(pretokens, size, progress=False, on_merge=None):
     return tokens
 
 
+def replace_pair(pair, new, words, frequency, counts, where):
+    """Replace a pair by the character `new` in all words, and update counts and where in place.
+
+    Gives back the set of pairs that have become more frequent.
+    """
+    a, b = pair
+    before, after, grown = defaultdict(list), defaultdict(list), set()
+    for w in where.pop(pair):
+        left, found, right = words[w].partition(pair)
+        if not found:
+            continue  # the pair has been merged away with another neighbour
+        if pair in right:
+            grown |= recount(w, words, frequency(w), pair, new, counts, where)
+            continue
+        words[w] = left + new + right
+        if left:
+            before[left[-1]].append(w)
+        if right:
+            after[right[0]].append(w)
+
+    # The neighbours of the pair are now neighbours of `new`.
+    old_and_new = [(x + a, x + new, holders) for x, holders in before.items()]
+    old_and_new += [(b + x, new + x, holders) for x, holders in after.items()]
+    for old_pair, new_pair, holders in old_and_new:
+        moved = sum(map(frequency, holders))
+        counts[old_pair] -= moved
+        counts[new_pair] += moved
+        where[new_pair] += holders
+        grown.add(new_pair)
+    counts.pop(pair, None)
+    return grown
+
+
 def recount(w, words, count, pair, new, counts, where):
-    """Replace a pair that stands in word w more than once and count all its pairs again; gives those with `new`."""
+    """Replace a pair that occurs more than once in word w, and count all pairs of the word again.
+
+    Gives back the set of the word's pairs that hold `new`.
+    """
     old, words[w] = words[w], words[w].replace(pair, new)
     for left, right in zip(old, old[1:]):  # noqa: B905 (one shorter)
         counts[left + right] -= count
@@ -723,34 +791,45 @@ TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer}
 
 
 def load_tokenizer(saved):
-    """The tokenizer of a file that `save` wrote, of Hugging Face's tokenizer.json, or of the dict that either holds."""
+    """The tokenizer that `saved` describes.
+
+    saved: the path of a file that `save` wrote or of Hugging Face's tokenizer.json, or the dict
+    that either holds. Raises FileNotFoundError or ValueError.
+    """
     if not isinstance(saved, dict):
         path = Path(saved)
         if not path.is_file():
-            how = f"python bpe.py train --input FILE --out {path}"
-            raise FileNotFoundError(f"tokenizer {path} does not exist: train one with {how}")
+            raise FileNotFoundError(
+                f"tokenizer {path} does not exist: "
+                f"train one with python bpe.py train --input FILE --out {path}"
+            )
         try:
             saved = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"tokenizer {path} is no JSON ({error}): train one with python bpe.py train"
+                f"tokenizer {path} is not JSON ({error}): train one with python bpe.py train"
             ) from error
     if "model" in saved:
         return BPETokenizer.from_huggingface(saved)
     if saved.get("type") not in TOKENIZERS:
         raise ValueError(
-            f"type={saved.get('type')!r} of a tokenizer must be one of {sorted(TOKENIZERS)}: train one here"
+            f"type={saved.get('type')!r} of a tokenizer must be one of {sorted(TOKENIZERS)}: "
+            "train one with python bpe.py train"
         )
     return TOKENIZERS[saved["type"]].from_dict(saved)
 
 
 def with_special_tokens(tokenizer, names):
-    """The tokenizer with further special tokens, which take the ids from vocab_size on."""
+    """The tokenizer with `names` as further special tokens, which take the ids from vocab_size on.
+
+    Raises ValueError for a kind of tokenizer that cannot take any.
+    """
     new = [name for name in names if name not in tokenizer.special_tokens]
     saved = tokenizer.to_dict()
     if type(tokenizer) not in TOKENIZERS.values():
         raise ValueError(
-            f"a {type(tokenizer).__name__} cannot take {' '.join(new)}: use a template whose markers it has"
+            f"a {type(tokenizer).__name__} cannot take {' '.join(new)} as special tokens: "
+            "use a template whose markers it has"
         )
     if isinstance(saved["special_tokens"], dict):
         added = {name: tokenizer.vocab_size + i for i, name in enumerate(new)}
@@ -761,7 +840,10 @@ def with_special_tokens(tokenizer, names):
 
 
 def paint(tokens):
-    """Tokens (bytes or text) in one line: on a terminal each on its own background, in a pipe with | between."""
+    """Tokens (bytes or text) as one line of text.
+
+    On a terminal each token has its own background colour; in a pipe, | stands between tokens.
+    """
     texts = []
     for token in tokens:
         is_bytes = isinstance(token, bytes)
@@ -778,19 +860,19 @@ def show_merges(text, tokenizer):
         steps = list(tokenizer.merge_steps(pretoken.encode("utf-8")))
         print(paint(steps[0]))
         for earlier, later in zip(steps, steps[1:]):  # noqa: B905 (one shorter)
-            i = next(
-                i for i, (old, new) in enumerate(zip(earlier, later, strict=False)) if old != new
-            )
-            pair, joined = earlier[i : i + 2], later[i]
-            print(
-                f"{paint(later)}    {paint(pair)} -> {paint([joined])}, id {tokenizer.ranks[joined]}"
-            )
+            compared = enumerate(zip(earlier, later, strict=False))
+            i = next(i for i, (old, new) in compared if old != new)
+            pair, joined = paint(earlier[i : i + 2]), paint([later[i]])
+            print(f"{paint(later)}    {pair} -> {joined}, id {tokenizer.ranks[later[i]]}")
     ids = tokenizer.encode(text)
     print(f"{len(text.encode('utf-8'))} bytes, {len(ids)} tokens: {' '.join(map(str, ids))}")
 
 
 def merge_printer(n):
-    """A function for learn_tokens' on_merge that prints the first n merges: number, pair, count, new token."""
+    """A function for on_merge of `learn_tokens` that prints the first n merges.
+
+    It prints the number, the pair, the count, and the new token with its id.
+    """
     printed = 0
 
     def show(left, right, count, new_id):
@@ -804,16 +886,16 @@ def merge_printer(n):
 
 
 def train_and_compare(paths, vocab_size, pattern, out, n_shown):
-    """Train a tokenizer on files, save it, and print its bytes per token beside those of GPT-2's."""
+    """Train a tokenizer on files, save it, and print its bytes per token beside GPT-2's."""
     progress = sys.stderr.isatty() and not n_shown
     on_merge = merge_printer(n_shown) if n_shown else None
     tokenizer = BPETokenizer.train(paths, vocab_size, pattern, progress=progress, on_merge=on_merge)
     tokenizer.save(out)
-    text = next((piece for text in texts_of(paths) for piece in pieces_of(text, LONGEST_PIECE)), "")
-    n_bytes = len(text.encode("utf-8"))
-    print(
-        f"{out}: {tokenizer.vocab_size} tokens, {n_bytes / len(tokenizer.encode(text)):.3f} bytes per token"
-    )
+    pieces = (piece for text in texts_of(paths) for piece in pieces_of(text, LONGEST_PIECE))
+    sample = next(pieces, "")
+    n_bytes = len(sample.encode("utf-8"))
+    bytes_per_token = n_bytes / len(tokenizer.encode(sample))
+    print(f"{out}: {tokenizer.vocab_size} tokens, {bytes_per_token:.3f} bytes per token")
     if tokenizer.vocab_size < vocab_size:
         print(f"fewer than vocab_size={vocab_size}: every pre-token of this text is one token")
     try:
@@ -821,12 +903,12 @@ def train_and_compare(paths, vocab_size, pattern, out, n_shown):
     except OSError as error:
         print(error)
     else:
-        print(
-            f"GPT-2's: {gpt2.vocab_size} tokens, {n_bytes / len(gpt2.encode(text)):.3f} bytes per token"
-        )
+        bytes_per_token = n_bytes / len(gpt2.encode(sample))
+        print(f"GPT-2's: {gpt2.vocab_size} tokens, {bytes_per_token:.3f} bytes per token")
 
 
 def read_command_line():
+    """The command line as an argparse.Namespace."""
     parser = argparse.ArgumentParser(
         description="Train a byte-level BPE tokenizer, or watch one at work."
     )
@@ -840,7 +922,7 @@ def read_command_line():
         "--pattern", choices=PATTERNS, default="gpt2", help="how text is cut into pre-tokens"
     )
     train.add_argument(
-        "--out", type=Path, default=Path("data/tok.json"), help="where the tokenizer is saved"
+        "--out", type=Path, default=Path("data/tok.json"), help="where to save the tokenizer"
     )
     train.add_argument("--show", type=int, default=0, metavar="N", help="print the first N merges")
     show = commands.add_parser("show", help="merge a text step by step")
@@ -855,6 +937,7 @@ def read_command_line():
 
 
 def main():
+    """Run one of the three commands: train, show, tokens."""
     given = read_command_line()
     if given.command == "train":
         train_and_compare(given.input, given.vocab_size, given.pattern, given.out, given.show)
@@ -862,12 +945,13 @@ def main():
     is_gpt2 = given.tokenizer == "gpt2"
     tokenizer = BPETokenizer.from_gpt2() if is_gpt2 else load_tokenizer(given.tokenizer)
     if given.command == "tokens":
-        print(paint(tokenizer.tokens[i] for i in tokenizer.encode(read_text(given.file))))
+        ids = tokenizer.encode(read_text(given.file))
+        print(paint(tokenizer.tokens[i] for i in ids))
     elif isinstance(tokenizer, BPETokenizer):
         show_merges(given.text, tokenizer)
     else:
         raise ValueError(
-            f"--tokenizer={given.tokenizer} is not byte-level BPE and merges nothing: "
+            f"--tokenizer={given.tokenizer} is not byte-level BPE, so it merges nothing: "
             "train one with python bpe.py train"
         )
 

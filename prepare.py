@@ -1,17 +1,20 @@
-"""Text to shards of tokens, data/NAME/train_000000.bin ..., and meta.json, which says what is in them.
+"""Text to shards of tokens, data/NAME/train_000000.bin ..., and meta.json, which says what is in
+them.
 
     python prepare.py pydoc                                          # always there: no network
     python prepare.py shakespeare_char                               # one token per character
     python prepare.py mytext --input notes.txt more/ 'logs/*.jsonl'  # your own: .txt .jsonl .jsonl.gz .parquet
     python prepare.py mytext --input notes.txt --tokenizer train:4096
 
-A shard is raw little-endian uint16 (uint32 above 65,536 ids) without a header. meta.json is written last: without it
-there is no dataset. A document is a .txt file, a JSON line or a table row; end-of-text stands between documents.
-Fewer than 100 documents: the last tenth of the characters are validation, as in nanoGPT. More: by a hash of the
-document, so that a document stays in its split when others are added.
+A shard is raw little-endian uint16 (uint32 above 65,536 ids) without a header. meta.json is written
+last: without it there is no dataset. A document is a .txt file, a JSON line or a table row;
+end-of-text stands between documents. Fewer than 100 documents: the last tenth of the characters are
+validation, as in nanoGPT. More: by a hash of the document, so that a document stays in its split
+when others are added.
 
-Text of any size is read as a stream of pieces; worker processes tokenize, and this one writes. progress.json remembers
-how many pieces are done, so that an interrupted run continues there and ends in the same bytes.
+Text of any size is read as a stream of pieces; worker processes tokenize, and this one writes.
+progress.json remembers how many pieces are done, so that an interrupted run continues there and
+ends in the same bytes.
 """
 
 import codecs
@@ -83,7 +86,9 @@ class Settings:
 
 
 def input_files(settings):
-    """The files to read, in order; a folder stands for the text files in it. Downloads what the table names."""
+    """The files to read, in order; a folder stands for the text files in it. Downloads what the
+    table names.
+    """
     if settings.input is None:
         folder = folder_of(settings.name)
         downloads = SOURCES[settings.name].downloads
@@ -116,7 +121,9 @@ def input_files(settings):
 
 
 def read_documents(path, settings):
-    """The documents of a file, each an iterable of pieces to be read before the next document is taken."""
+    """The documents of a file, each an iterable of pieces to be read before the next document is
+    taken.
+    """
     suffix = next((suffix for suffix in READERS if path.name.endswith(suffix)), ".txt")
     return READERS[suffix](path, settings)
 
@@ -217,7 +224,9 @@ def all_documents(settings, files):
 
 @functools.cache
 def generated_documents(name):
-    """The documents of a dataset that is always there; kept, since they are gone through more than once."""
+    """The documents of a dataset that is always there; kept, since they are gone through more than
+    once.
+    """
     return list(SOURCES[name].documents())
 
 
@@ -225,7 +234,9 @@ def generated_documents(name):
 
 
 def train_characters(settings, files):
-    """How many characters go to train where there are fewer than 100 documents; None where there are more."""
+    """How many characters go to train where there are fewer than 100 documents; None where there
+    are more.
+    """
     characters = documents = 0
     for document in all_documents(settings, files):
         found = sum(map(len, document))
@@ -238,7 +249,8 @@ def train_characters(settings, files):
 
 
 def split_pieces(settings, files, left):
-    """(split, text, begins) of each piece in order; begins: a document begins here that is not the first of its split.
+    """(split, text, begins) of each piece in order; begins: a document begins here that is not the
+    first of its split.
 
     left: what train_characters gave. The hash of a document is that of its first piece.
     """
@@ -308,7 +320,9 @@ def encode_batch(batch):
 
 
 def encode_to_array(tokenizer, text):
-    """tokenizer.encode(text) as an array; tiktoken gives one without a list of Python's integers between."""
+    """tokenizer.encode(text) as an array; tiktoken gives one without a list of Python's integers
+    between.
+    """
     if (
         isinstance(tokenizer, bpe.BPETokenizer)
         and tokenizer.fast
@@ -322,7 +336,9 @@ def encode_to_array(tokenizer, text):
 
 
 def prepare(settings):
-    """Make one dataset and write its meta.json; gives back its folder. What is there already is left as it is."""
+    """Make one dataset and write its meta.json; gives back its folder. What is there already is
+    left as it is.
+    """
     folder = folder_of(settings.name)
     meta_path = folder / META
     if meta_path.is_file() and not settings.overwrite:
@@ -356,7 +372,9 @@ def prepare(settings):
 
 
 def prepare_text(settings, files):
-    """The meta.json of a text dataset whose shards are written; continues where an interrupted run stopped."""
+    """The meta.json of a text dataset whose shards are written; continues where an interrupted run
+    stopped.
+    """
     folder = folder_of(settings.name)
     identity = {
         key: value for key, value in asdict(settings).items() if key not in ("workers", "overwrite")
@@ -481,8 +499,9 @@ def make_tokenizer(settings, files):
 
 
 def prepare_records(settings, source, files):
-    """The meta.json of supervised data whose {train,val,test}.jsonl are written: 80, 10 and 10%, by a hash of the text
-    where a record does not name its split. The same text never stands in two; what stands there twice is kept once."""
+    """The meta.json of supervised data whose {train,val,test}.jsonl are written: 80, 10 and 10%, by
+    a hash of the text where a record does not name its split. The same text never stands in two;
+    what stands there twice is kept once."""
     folder = folder_of(settings.name)
     records = {}
     for record in (

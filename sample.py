@@ -121,7 +121,9 @@ def check_known(tokenizer, text):
 
 
 def read_prompt(settings, loaded):
-    """The ids of the prompt. Raises ValueError if it is missing, too long, or has unknown characters."""
+    """The ids of the prompt. Raises ValueError if it is missing, too long, or has unknown
+    characters.
+    """
     text, tokenizer, config = settings.start, loaded.tokenizer, loaded.model.config
     if text.startswith("FILE:"):
         path = Path(text.removeprefix("FILE:"))

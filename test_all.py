@@ -420,6 +420,14 @@ def test_flops_per_token_count_what_the_profiler_counts():
         (dict(norm="batchnorm"), "norm='batchnorm' must be one of layernorm rmsnorm"),
         (dict(n_embd=36, pos="rope"), "head_dim=3 must be even"),
         (dict(n_layer=-1), "n_layer=-1"),
+        (dict(n_inner=0), "n_inner=0 must be at least 1"),
+        (dict(n_classes=0), "n_classes=0 must be at least 1"),
+        (dict(loss_chunk=0), "loss_chunk=0 must be at least 1"),
+        (dict(dropout=0.999), "dropout=0.999 must lie in [0, 0.99]"),
+        (dict(norm_eps=-1.0), "norm_eps=-1.0 must be positive"),
+        (dict(rope_theta=0.0), "rope_theta=0.0 must be positive"),
+        (dict(rope_theta=math.inf), "rope_theta=inf must be a finite number"),
+        (dict(rope_scaling={}), "rope_scaling={} must have the keys factor"),
         (dict(block_size=0), "block_size=0 must be at least 1"),
     ],
 )
@@ -1038,6 +1046,9 @@ def test_patience_ends_a_run_that_no_longer_improves(workdir, capsys):
         (["--device=tpu9"], "is not a device"),
         (["--init_from=resume", "--out_dir=out/none"], "holds no checkpoint"),
         (["--vocab_size=7"], "vocab_size=7 but the tokenizer"),
+        (["--learning_rate=1e999"], "learning_rate=inf must be a finite number"),
+        (["--seed=-1"], "seed=-1 must lie in [0, 2^63)"),
+        (["--beta1=1.0"], "beta1=1.0 must lie in [0, 1)"),
         (["--batch_size=0"], "batch_size=0 must be at least 1"),
     ],
 )
@@ -1229,6 +1240,30 @@ def test_published_weights_train_with_the_chunk_dropout_and_attention_given(work
         config["dropout"],
         config["attn_dropout"],
     ) == (5, "sdpa", 0.2, 0.2)
+
+
+def test_published_weights_keep_their_architecture_and_say_so(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, *AS_GPT2], capsys)
+    run_main(sample.main, ["--export=folder"], capsys)
+    words = [*TINY_RUN, "--init_from=folder", "--out_dir=out/tuned"]
+    status, _, err = run_main(train.main, [*words, "--n_layer=2"], capsys)
+    assert status == 2 and "n_layer=2 but the weights of folder have n_layer=1" in err
+    assert not Path("out/tuned").exists()
+    Path("other.py").write_text('n_layer = 7\nmlp = "relu2"\n')  # a file gives way
+    without = [word for word in words if not word.startswith("--n_layer")]
+    assert run_main(train.main, ["other.py", *without], capsys)[0] == 0
+    recorded = json.loads(Path("out/tuned/config.json").read_text())
+    assert (recorded["n_layer"], recorded["mlp"]) == (1, "gelu")
+
+
+def test_published_weights_refuse_the_tokens_of_another_tokenizer(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, *AS_GPT2], capsys)
+    run_main(sample.main, ["--export=folder"], capsys)
+    Path("other.txt").write_text(TEXT.replace("q", "Q"))  # as many characters, but others
+    prepare.prepare(prepare.Settings(name="other", input=["other.txt"], tokenizer="char"))
+    words = [*TINY_RUN, "--init_from=folder", "--dataset=other", "--out_dir=out/tuned"]
+    status, _, err = run_main(train.main, words, capsys)
+    assert status == 2 and "in the dataset but" in err and not Path("out/tuned").exists()
 
 
 def test_init_from_resume_may_be_two_words(workdir, capsys):
@@ -1717,6 +1752,24 @@ def test_freezing_leaves_weights_as_they_are(long_base, capsys):
         assert torch.equal(tensor, frozen[name]) == left, name
 
 
+def test_a_pattern_that_freezes_nothing_is_refused(long_base, capsys):
+    status, _, err = tune("classify", capsys, "--freeze=tok_emb* nosuch*")
+    assert status == 2 and "freeze='nosuch*' matches no parameter" in err
+
+
+def test_a_fine_tune_never_overwrites_its_base(long_base, capsys):
+    before = Path("out/small/best.pt").read_bytes()
+    status, _, err = tune("instruct", capsys, "--overwrite=True", out="small")
+    assert status == 2 and "overwrite=True would remove out/small" in err
+    assert Path("out/small/best.pt").read_bytes() == before and checkpoint.saved_steps("out/small")
+
+
+def test_settings_of_another_task_are_refused(long_base, capsys):
+    Path("same.py").write_text("def reward(prompt, answer):\n    return 1.0\n")
+    status, _, err = tune("instruct", capsys, "--reward=same.py", "--group_size=4")
+    assert status == 2 and "group_size reward would do nothing with task=instruct" in err
+
+
 BAD_ROWS = {
     "a missing column": ("classify", '{"text": "to be"}', "line 61", "label"),
     "an empty text": ("classify", '{"text": " ", "label": "a"}', "line 61", "must be a text"),
@@ -1962,6 +2015,23 @@ def test_sample_without_a_run_says_what_to_do(tmp_path, monkeypatch, capsys):
     status, _, err = run_main(sample.main, [], capsys)
     assert status == 2 and err.startswith(
         "error: there is no run under out/ yet: python train.py makes one"
+    )
+
+
+def test_weights_that_are_not_numbers_are_refused(trained, capsys):
+    state = checkpoint.load("out/small")
+    state["model"]["head.weight"][3, 2] = float("nan")
+    checkpoint.save("out/small", state.pop("step") + 1, state)
+    status, out, err = run_main(sample.main, ["--which=last"], capsys)
+    assert status == 2 and out == "" and "head.weight of out/small holds NaN" in err
+
+
+def test_an_export_is_not_quantized(trained, capsys):
+    status, _, err = run_main(sample.main, ["--export=folder", "--quantize=int8"], capsys)
+    assert (
+        status == 2
+        and "quantize=int8 does nothing to an export" in err
+        and not Path("folder").exists()
     )
 
 

@@ -1,14 +1,16 @@
-"""Conversations as token ids: chat templates, what the assistant says in them, and what ends a reply.
+"""Conversations as token ids: chat templates, what the assistant says in them, and what ends a
+reply.
 
-A message is {"role": "system" | "user" | "assistant", "content": text}. A template gives the parts of
-a message as (text, is_special). A special part becomes its token; everything else is ordinary text
-whatever it holds, so no message can smuggle in a special token.
+A message is {"role": "system" | "user" | "assistant", "content": text}. A template gives the parts
+of a message as (text, is_special). A special part becomes its token; everything else is ordinary
+text whatever it holds, so no message can smuggle in a special token.
 """
 
 from bpe import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
 
 MARKERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}  # of our own template
-# special tokens that end a text or an answer: ours, Llama 3's, ChatML's; a published model may name others
+# special tokens that end a text or an answer: ours, Llama 3's, ChatML's; a published model may name
+# others
 ENDS = (END_OF_TEXT, END, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>")
 # the template of a tokenizer that has this marker
 TEMPLATE_OF_MARKER = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", USER: "markers"}
@@ -61,10 +63,11 @@ CHAT_TEMPLATES = {
 
 
 def chat_parts(messages, template="markers", reply=False):
-    """The parts of a chat: (text, is_special, is_said), is_said for the assistant's words and their end.
+    """The parts of a chat: (text, is_special, is_said), is_said for the assistant's words and their
+    end.
 
-    With reply, the chat ends with what comes before the assistant's next words. Raises ValueError for
-    an unknown template or role.
+    With reply, the chat ends with what comes before the assistant's next words. Raises ValueError
+    for an unknown template or role.
     """
     if template not in CHAT_TEMPLATES:
         raise ValueError(f"template={template!r} must be one of {sorted(CHAT_TEMPLATES)}")

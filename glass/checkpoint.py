@@ -1,10 +1,10 @@
 """One promise: what was saved is loaded whole, or the one before it is.
 
-A checkpoint `ckpt_0002000.pt` is written to a temporary file, flushed to the disk, read back, renamed,
-and the folder's entry flushed too; only then is an old one removed. Whatever interrupts this leaves
-the checkpoints that were there. `best.pt` is a second name of the best one's file. Loading checks
-every byte (a torch file is a zip archive with a CRC of each tensor, which torch.load ignores) and
-accepts plain types only, never code.
+A checkpoint `ckpt_0002000.pt` is written to a temporary file, flushed to the disk, read back,
+renamed, and the folder's entry flushed too; only then is an old one removed. Whatever interrupts
+this leaves the checkpoints that were there. `best.pt` is a second name of the best one's file.
+Loading checks every byte (a torch file is a zip archive with a CRC of each tensor, which torch.load
+ignores) and accepts plain types only, never code.
 
 State: version step model optimizer scaler best_val_loss best_step evaluated_step
 evaluations_without_better settings model_config tokenizer data task.
@@ -31,7 +31,9 @@ def checkpoint_path(folder, step):
 
 
 def saved_steps(folder):
-    """The steps that have a checkpoint in the folder, ascending; loading shows whether each is whole."""
+    """The steps that have a checkpoint in the folder, ascending; loading shows whether each is
+    whole.
+    """
     names = (re.fullmatch(r"ckpt_(\d+)\.pt", path.name) for path in Path(folder).glob("ckpt_*.pt"))
     return sorted(int(match[1]) for match in names if match)
 
@@ -85,7 +87,8 @@ def mark_best(folder, step):
 
 
 def load(folder, which="last"):
-    """The state of the 'last' good checkpoint, of the 'best', or of one step, with tensors on the CPU.
+    """The state of the 'last' good checkpoint, of the 'best', or of one step, with tensors on the
+    CPU.
 
     For 'last' a damaged file is named on stderr and the one before it is taken. Raises
     FileNotFoundError if there is none, ValueError if none is whole or a newer program wrote it.
@@ -112,7 +115,9 @@ def load(folder, which="last"):
 
 
 def read(path):
-    """(state, None), or (None, what is wrong with the file). Raises ValueError for another program's."""
+    """(state, None), or (None, what is wrong with the file). Raises ValueError for another
+    program's.
+    """
     if problem := damage(path):
         return None, problem
     try:
@@ -134,7 +139,9 @@ def read(path):
 
 
 def upgraded(state):
-    """The state as this version writes it. Version 1 had other names, and settings with derived values."""
+    """The state as this version writes it. Version 1 had other names, and settings with derived
+    values.
+    """
     if state["version"] == VERSION:
         return state
     moved = {

@@ -16,7 +16,9 @@ PEAK_FLOPS = {  # a second, dense bfloat16: NVIDIA's data sheets
 
 
 def choose_device(name="auto"):
-    """A torch.device: 'auto' takes cuda, else mps, else cpu. Raises ValueError for one that is not there."""
+    """A torch.device: 'auto' takes cuda, else mps, else cpu. Raises ValueError for one that is not
+    there.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
@@ -66,7 +68,9 @@ def autocast(device, dtype):
 
 
 def peak_flops(device):
-    """The published bfloat16 FLOPs a second of a GPU, or None for a device that is not in the table."""
+    """The published bfloat16 FLOPs a second of a GPU, or None for a device that is not in the
+    table.
+    """
     if device.type != "cuda":
         return None
     gpu = torch.cuda.get_device_name(device)
@@ -99,7 +103,9 @@ class Processes:
         return self.rank == 0
 
     def reduce(self, values, op=dist.ReduceOp.SUM):
-        """values (n,) of every process, summed or otherwise reduced; on the CPU where there are several."""
+        """values (n,) of every process, summed or otherwise reduced; on the CPU where there are
+        several.
+        """
         if self.size == 1:
             return values
         dtype = torch.float32 if self.device.type == "mps" else values.dtype  # mps has no float64
@@ -129,7 +135,8 @@ def join_processes(device, backend=None):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # a restart finds the addresses of the dead in torchrun's store, so it looks under another prefix
+    # a restart finds the addresses of the dead in torchrun's store, so it looks under another
+    # prefix
     store, rank, size = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)

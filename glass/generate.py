@@ -18,7 +18,8 @@ from model import Attention, draw
 def penalise(logits, seen, penalty):
     """Make the ids seen so far less likely: logits (B, V), seen (B, V) bool -> (B, V).
 
-    Positive logits are divided by the penalty, negative ones multiplied. Source: CTRL, arXiv:1909.05858.
+    Positive logits are divided by the penalty, negative ones multiplied. Source: CTRL,
+    arXiv:1909.05858.
     """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)
@@ -121,12 +122,13 @@ def stream(
     logprobs=False,
     compiled_decode=None,
 ):
-    """Yield the next id of every row, (B,), max_new_tokens times or until all rows gave one of `stop`.
+    """Yield the next id of every row, (B,), max_new_tokens times or until all rows gave one of
+    `stop`.
 
     idx (B, T), right-padded where lengths (B,) says how much of each row is real. A finished row
     repeats its stop id. With logprobs, yields (ids, log-probabilities (B, V)) of the model itself,
-    before temperature, penalty and filters (see `sample`). Past block_size only the last half of each
-    row is kept. compiled_decode: what `speed_up` gave back, used for all but the prefill.
+    before temperature, penalty and filters (see `sample`). Past block_size only the last half of
+    each row is kept. compiled_decode: what `speed_up` gave back, used for all but the prefill.
     """
     rows, decode = Rows(idx, lengths, max_new_tokens), compiled_decode or model.decode
     seen = rows.seen(model.config.vocab_size) if repetition_penalty != 1.0 else None
@@ -173,7 +175,8 @@ def padded(sequences, device):
 
 
 def answer(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
-    """The ids that the model answers to each prompt, lists both; a stop id, if it came, is the last.
+    """The ids that the model answers to each prompt, lists both; a stop id, if it came, is the
+    last.
 
     Prompts of similar length are answered together. The model is put in evaluation mode meanwhile.
     """
@@ -204,7 +207,9 @@ class TextStream:
         self.ids, self.shown = [], 0  # the last ids, and how many characters of their text are out
 
     def add(self, token):
-        """The text that this id makes certain. A complete stop string sets `stopped`, and is left out."""
+        """The text that this id makes certain. A complete stop string sets `stopped`, and is left
+        out.
+        """
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         for stop in self.stop:
@@ -230,15 +235,17 @@ class TextStream:
         return "" if self.stopped else self.tokenizer.decode(self.ids)[self.shown :]
 
 
-# Faster products. A decoded token reads every weight once, so memory bandwidth is the limit, and fewer
-# bytes a weight are more tokens a second. nn.Linear uses one thread of a CPU for a single row.
+# Faster products. A decoded token reads every weight once, so memory bandwidth is the limit, and
+# fewer bytes a weight are more tokens a second. nn.Linear uses one thread of a CPU for a single
+# row.
 
 
 class RowLinear(nn.Module):
     """nn.Linear that multiplies a single row on all cores: x (..., K) -> (..., N).
 
-    On two cores, float32 (1, 768) x (768, 3072): F.linear 554 us (17 GB/s), halves as a batch 374 us
-    (25 GB/s). Compiled, product and sum are one loop: 245 us (38 GB/s), in bfloat16 117 us (40 GB/s).
+    On two cores, float32 (1, 768) x (768, 3072): F.linear 554 us (17 GB/s), halves as a batch 374
+    us (25 GB/s). Compiled, product and sum are one loop: 245 us (38 GB/s), in bfloat16 117 us (40
+    GB/s).
     """
 
     def __init__(self, linear):
@@ -264,8 +271,8 @@ class RowLinear(nn.Module):
 class Int8Linear(nn.Module):
     """nn.Linear with weights rounded to int8 and a scale for each output row.
 
-    A weight is off by at most half a step; a step is about 1/127 of the largest weight of its row. On
-    a CPU, x is rounded to bfloat16 unless the product is compiled.
+    A weight is off by at most half a step; a step is about 1/127 of the largest weight of its row.
+    On a CPU, x is rounded to bfloat16 unless the product is compiled.
     """
 
     def __init__(self, linear):
@@ -293,8 +300,8 @@ class Int8Linear(nn.Module):
 def row_product(weight, x):
     """weight (N, K) times the one row of x, summed in float32, for the compiler: (N,).
 
-    as_strided makes the compiler store x first. Otherwise it would inline what made x (a norm, a GELU)
-    and compute that N times.
+    as_strided makes the compiler store x first. Otherwise it would inline what made x (a norm, a
+    GELU) and compute that N times.
     """
     K = weight.shape[1]
     x = x.contiguous().as_strided((1, K), (K, 1))
@@ -325,11 +332,12 @@ class JoinedAttention(Attention):
 
 
 def speed_up(model, quantize=None, compile=False):
-    """Put faster products into a model that only generates; gives `compiled_decode` for `stream`, or None.
+    """Put faster products into a model that only generates; gives `compiled_decode` for `stream`,
+    or None.
 
-    LoRA is merged first. quantize='int8' rounds the weights of every product (not the embedding that
-    is looked up). With compile the first token after the prefill waits for the compiler, and a GPU
-    then replays the step as one CUDA graph.
+    LoRA is merged first. quantize='int8' rounds the weights of every product (not the embedding
+    that is looked up). With compile the first token after the prefill waits for the compiler, and a
+    GPU then replays the step as one CUDA graph.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} must be int8 or None")
@@ -344,7 +352,8 @@ def speed_up(model, quantize=None, compile=False):
                     setattr(parent, name, fast(child))
     if not compile:
         return None
-    # The weights stay what they are. Looking for changes in every module would cost 0.4 ms a token of
+    # The weights stay what they are. Looking for changes in every module would cost 0.4 ms a token
+    # of
     # GPT-2 124M.
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     if model.device.type == "cuda":

@@ -1,4 +1,6 @@
-"""Tokenizers of published models: Hugging Face's tokenizer.json behind our protocol, and ours written as one."""
+"""Tokenizers of published models: Hugging Face's tokenizer.json behind our protocol, and ours
+written as one.
+"""
 
 import json
 import re
@@ -11,8 +13,8 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 class HuggingFaceTokenizer(bpe.Tokenizer):
     """A published tokenizer.json behind the protocol of bpe.py, through the package tokenizers.
 
-    `encode` adds nothing to the text. `bos_id` is the id that the model expects first, None where there
-    is none. `config` is tokenizer_config.json, with its chat_template for one.
+    `encode` adds nothing to the text. `bos_id` is the id that the model expects first, None where
+    there is none. `config` is tokenizer_config.json, with its chat_template for one.
     """
 
     def __init__(self, saved, config, stop_ids=()):
@@ -24,7 +26,8 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
             ) from error
         self.saved, self.config, self.stop_ids = saved, config, list(stop_ids)
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(saved))
-        # the string of a special token is ordinary text here; Tokenizer.encode finds the allowed ones
+        # the string of a special token is ordinary text here; Tokenizer.encode finds the allowed
+        # ones
         self.backend.encode_special_tokens = True
         self.special_tokens = {
             token["content"]: token["id"] for token in saved["added_tokens"] if token["special"]
@@ -39,8 +42,8 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
     def bytes_of_tokens(self):
         """The bytes of every id.
 
-        The vocabulary writes them in GPT-2's printable bytes, or as text with ▁ for a space and <0x0A>
-        for a byte.
+        The vocabulary writes them in GPT-2's printable bytes, or as text with ▁ for a space and
+        <0x0A> for a byte.
         """
         byte_of = {character: byte for byte, character in bpe.printable_bytes().items()}
         byte_level = '"ByteLevel"' in json.dumps(self.saved["decoder"])

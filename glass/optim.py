@@ -27,9 +27,9 @@ def orthogonalise(matrices):
     """The nearest semi-orthogonal matrix to each of a batch (n, rows, columns), approximately.
 
     Singular values become 0.7 to 1.2. Five steps of a quintic Newton-Schulz iteration in bfloat16,
-    x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x, with the sums fused into the products (23 ms
-    instead of 47 on two cores, for 16 matrices of 256 x 256).
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x, with the sums fused into the products (23
+    ms instead of 47 on two cores, for 16 matrices of 256 x 256). Source: Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon.
     """
     x = matrices.bfloat16()
     is_tall = x.shape[1] > x.shape[2]
@@ -115,7 +115,9 @@ def set_learning_rates(optimizers, step, settings):
 
 
 def load_moments(optimizers, saved):
-    """Load the moments of saved state dicts; rates, betas and decays stay those of this run's settings."""
+    """Load the moments of saved state dicts; rates, betas and decays stay those of this run's
+    settings.
+    """
     for optimizer, state in zip(optimizers, saved, strict=True):
         options = [{**group} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)

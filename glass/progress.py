@@ -145,7 +145,9 @@ class Progress:
         self.write(step=step, tokens=step * self.tokens_per_step, **quick)
 
     def close(self, stop):
-        """Last words: how to go on from here. stop: the number of the signal that ended the run, or 0."""
+        """Last words: how to go on from here. stop: the number of the signal that ended the run, or
+        0.
+        """
         if not self.is_main:
             return
         self.bar.close()
@@ -183,7 +185,9 @@ def open_figure(**options):
 
 
 def draw_losses(lines, path):
-    """loss.png: training and validation loss by tokens or, where a run has them, accuracy or reward by step."""
+    """loss.png: training and validation loss by tokens or, where a run has them, accuracy or reward
+    by step.
+    """
     name, x, title = "loss", "tokens", "loss (nats per token)"
     for other in ("accuracy", "reward"):
         if any(other in line for line in lines):

@@ -34,7 +34,9 @@ class Records:
 
 
 def read_records(settings):
-    """The Records of a dataset or file, split as the settings ask. Raises ValueError with the bad line."""
+    """The Records of a dataset or file, split as the settings ask. Raises ValueError with the bad
+    line.
+    """
     s, path = settings, Path(settings.dataset)
     splits_anew = s.val_share is not None or s.test_share is not None
     if path.suffix in sources.TABLES:
@@ -111,7 +113,9 @@ def check_messages(where, messages):
 
 
 def split_anew(rows, settings, shuffle):
-    """All rows in three splits by the seed. A text that occurs twice is kept once, so that no two splits share it."""
+    """All rows in three splits by the seed. A text that occurs twice is kept once, so that no two
+    splits share it.
+    """
     s, distinct = settings, {}
     for where, fields in rows:
         asked = fields.get("text")
@@ -148,10 +152,10 @@ def spread(examples, n):
 class StepOrder:
     """Which examples each step takes: a function of the seed and the step alone.
 
-    An epoch is a permutation of the examples, cut into steps of `size`; what does not fill a step is
-    left to the next epoch's. A step holds examples of all lengths, sorted, so that its micro-steps hold
-    little padding. (Steps of one length each would hold few kinds of examples, and taught half as
-    fast.)
+    An epoch is a permutation of the examples, cut into steps of `size`; what does not fill a step
+    is left to the next epoch's. A step holds examples of all lengths, sorted, so that its
+    micro-steps hold little padding. (Steps of one length each would hold few kinds of examples, and
+    taught half as fast.)
     """
 
     def __init__(self, lengths, size, seed):

@@ -33,9 +33,10 @@ MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which a run 
 def settle(given, Settings, script):
     """(settings, chosen, state): this run's settings, and the checkpoint it goes on from, or None.
 
-    `chosen` has every setting as it was given or by default, nothing derived: checkpoints keep that, so
-    that a resumed run derives anew. On resumption the checkpoint's settings are the base and given ones
-    override them: fixed ones are refused by name, tunable ones named in a line, free ones pass.
+    `chosen` has every setting as it was given or by default, nothing derived: checkpoints keep
+    that, so that a resumed run derives anew. On resumption the checkpoint's settings are the base
+    and given ones override them: fixed ones are refused by name, tunable ones named in a line, free
+    ones pass.
     """
     init_from = given.get("init_from", Settings.init_from)
     can_resume = checkpoint.saved_steps(given.get("out_dir", Settings.out_dir))
@@ -79,10 +80,11 @@ def resumed_config(state, settings):
 
 
 def claim_folder(settings, resumes):
-    """(settings, lock): settings with an out_dir that no other run has; the folder is made and locked.
+    """(settings, lock): settings with an out_dir that no other run has; the folder is made and
+    locked.
 
-    A folder that holds a run is left alone and the next free name taken, unless the run is resumed or
-    overwrite is set, which removes the old run.
+    A folder that holds a run is left alone and the next free name taken, unless the run is resumed
+    or overwrite is set, which removes the old run.
     """
     wanted = folder = str(Path(settings.out_dir))
     may_reuse = resumes or settings.overwrite or settings.init_from == "auto"
@@ -120,7 +122,9 @@ class Run:
         self.saved_step, self.skipped_in_a_row = None, 0
 
     def restore(self, state):
-        """Go on where a checkpoint's state stands; rates and the like stay those of this run's settings."""
+        """Go on where a checkpoint's state stands; rates and the like stay those of this run's
+        settings.
+        """
         self.model.load_state_dict(state["model"])
         load_moments(self.optimizers, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # one that was disabled saved nothing
@@ -136,7 +140,9 @@ class Run:
             )  # the run may have been killed just before that
 
     def save(self):
-        """Write the checkpoint of this step, once, from the main process. Where it fails, training goes on."""
+        """Write the checkpoint of this step, once, from the main process. Where it fails, training
+        goes on.
+        """
         if not self.processes.is_main or self.saved_step == self.step:
             return
         state = {
@@ -163,10 +169,11 @@ class Run:
             )
 
     def note_evaluation(self, val_loss, is_final):
-        """Count the evaluation of this step, and make its checkpoint the best where the loss is the lowest.
+        """Count the evaluation of this step, and make its checkpoint the best where the loss is the
+        lowest.
 
-        A resumed run may evaluate its first step again: that counts once. Where the run ends here, the
-        checkpoint is written once more, with this evaluation in it.
+        A resumed run may evaluate its first step again: that counts once. Where the run ends here,
+        the checkpoint is written once more, with this evaluation in it.
         """
         if self.evaluated_step == self.step:
             return

@@ -44,8 +44,8 @@ def read_arguments(Settings, argv, positional=None):
     """The Arguments of argv: config files, --key=value, --key value, and --flag for a bool.
 
     A field whose type is a list takes every word up to the next option. `positional` says in --help
-    what a word without dashes means; without it such a word must be a config file. Raises ValueError
-    for an unknown name, a wrong type or a missing file; prints and exits for --help.
+    what a word without dashes means; without it such a word must be a config file. Raises
+    ValueError for an unknown name, a wrong type or a missing file; prints and exits for --help.
     """
     types_of = typing.get_type_hints(Settings)
     arguments, words = Arguments({}, [], []), list(argv)
@@ -227,8 +227,8 @@ def print_help(Settings, positional):
 def errors_in_one_line():
     """What our own files raise about their input is printed as one line, with exit status 2.
 
-    A ValueError raised elsewhere, in torch say, is a bug and keeps its traceback; so does everything
-    that is no ValueError, OSError or ImportError.
+    A ValueError raised elsewhere, in torch say, is a bug and keeps its traceback; so does
+    everything that is no ValueError, OSError or ImportError.
     """
     try:
         yield

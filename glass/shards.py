@@ -1,9 +1,9 @@
 """Tokens on disk: shards, meta.json beside them, and the rows and windows that are read from them.
 
 data/NAME/train_000000.bin, val_000000.bin ... hold raw little-endian uint16 (uint32 above 65,536
-ids) without a header. meta.json says what is in them and holds the tokenizer; it is written last, so
-without it there is no dataset. nanoGPT's train.bin and val.bin, and llm.c's shards with their header,
-are read as GPT-2's tokens. All of it is numpy: train.py makes tensors of it.
+ids) without a header. meta.json says what is in them and holds the tokenizer; it is written last,
+so without it there is no dataset. nanoGPT's train.bin and val.bin, and llm.c's shards with their
+header, are read as GPT-2's tokens. All of it is numpy: train.py makes tensors of it.
 """
 
 import functools
@@ -55,7 +55,9 @@ def token_dtype(vocab_size):
 
 
 class ShardWriter:
-    """Appends tokens to the shards of one split. `about` describes them, and suffices to go on later."""
+    """Appends tokens to the shards of one split. `about` describes them, and suffices to go on
+    later.
+    """
 
     def __init__(self, folder, split, dtype, shard_tokens, about=None):
         self.folder, self.split = folder, split
@@ -120,7 +122,8 @@ class Dataset:
 
 
 def open_dataset(name):
-    """The Dataset in data/NAME, checked against its meta.json; without one nanoGPT's or llm.c's files.
+    """The Dataset in data/NAME, checked against its meta.json; without one nanoGPT's or llm.c's
+    files.
 
     Raises FileNotFoundError where nothing is prepared, ValueError where the files are not what
     meta.json says.
@@ -226,8 +229,8 @@ class Windows:
     """The training split as an endless list of rows of block_size + 1 tokens.
 
     Row r is a function of the seed and r alone. An epoch goes through the shards, and through the
-    windows in a shard, in a seeded order without replacement. Each epoch has its own order, and each
-    shard in it its own offset, so that windows are cut elsewhere every time.
+    windows in a shard, in a seeded order without replacement. Each epoch has its own order, and
+    each shard in it its own offset, so that windows are cut elsewhere every time.
     """
 
     def __init__(self, shards, block_size, seed):
@@ -278,9 +281,9 @@ class Windows:
 def evaluation_batches(shards, block_size, batch_size, n_batches=None):
     """Yield (idx, targets), each (batch_size, T) int64, over a split.
 
-    Window i of a shard is its tokens iT to iT + T, so that every token after a shard's first is scored
-    once. A last window may be shorter and a last batch smaller: what is missing has targets -100.
-    n_batches: only so many, evenly spaced; None takes all.
+    Window i of a shard is its tokens iT to iT + T, so that every token after a shard's first is
+    scored once. A last window may be shorter and a last batch smaller: what is missing has targets
+    -100. n_batches: only so many, evenly spaced; None takes all.
     """
     starts = [(shard, start) for shard in shards for start in range(0, len(shard) - 1, block_size)]
     batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]

@@ -30,7 +30,9 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json")  # files of supervised data
 
 @dataclass(frozen=True)
 class Download:
-    """One file of a dataset. sha256 is that of the file as it lies in the folder; None where it is not fixed."""
+    """One file of a dataset. sha256 is that of the file as it lies in the folder; None where it is
+    not fixed.
+    """
 
     url: str
     file: str  # its name in the dataset's folder
@@ -53,7 +55,9 @@ class Source:
 
 
 def standard_library():
-    """The source files of the standard library in alphabetical order, without its tests and installed packages."""
+    """The source files of the standard library in alphabetical order, without its tests and
+    installed packages.
+    """
     root = Path(os.__file__).parent
     left_out = {
         "site-packages",
@@ -85,8 +89,8 @@ def python_sources():
 
 
 def pydoc_documents():
-    """The documentation that every Python carries, in ASCII: one document per help topic, then one per module of the
-    standard library, of all docstrings that no module before it has."""
+    """The documentation that every Python carries, in ASCII: one document per help topic, then one
+    per module of the standard library, of all docstrings that no module before it has."""
     import pydoc_data.topics
 
     for _, topic in sorted(pydoc_data.topics.topics.items()):
@@ -107,7 +111,9 @@ def docstrings_of(tree):
 
 
 def ascii_text(text):
-    """text with typographic quotes and dashes as ASCII, and without any other character that is not."""
+    """text with typographic quotes and dashes as ASCII, and without any other character that is
+    not.
+    """
     return (
         text.translate(str.maketrans("‘’“”–—…", "''\"\"--."))
         .encode("ascii", "ignore")
@@ -125,8 +131,8 @@ def stdlib_documents():
 
 
 def line_records():
-    """Single lines labelled `python` (code without comments and docstrings) or `english` (of the documentation), as
-    many of one as of the other, none twice."""
+    """Single lines labelled `python` (code without comments and docstrings) or `english` (of the
+    documentation), as many of one as of the other, none twice."""
     python, english = {}, {}
     for text, tree in python_sources():
         hidden = set()  # the lines of comments and of strings that may be documentation
@@ -302,7 +308,9 @@ def read_preferences(path):
 
 
 def read_table(path):
-    """(where, row as a dict) of the rows of a .csv or .tsv file with a header, of a .jsonl file, or of a .json list."""
+    """(where, row as a dict) of the rows of a .csv or .tsv file with a header, of a .jsonl file, or
+    of a .json list.
+    """
     path = Path(path)
     if path.suffix not in TABLES:
         raise ValueError(f"{path} ends in {path.suffix!r}: needed is one of {' '.join(TABLES)}")
@@ -384,7 +392,9 @@ PREFERENCES = Download(
 
 
 def parquet_files(address, name, count, n_bytes):
-    """Downloads of the first `count` files of a dataset on Hugging Face; name is a format of the file's number."""
+    """Downloads of the first `count` files of a dataset on Hugging Face; name is a format of the
+    file's number.
+    """
     names = [name.format(i) for i in range(count)]
     return tuple(Download(f"{HUGGING_FACE}/{address}/{file}", file, n_bytes) for file in names)
 
@@ -461,8 +471,9 @@ def find_file(folder, download):
 
 
 def fetch(folder, download, attempts=5):
-    """The path of a dataset's file, downloaded to `folder` if it is not there: an interrupted download goes on where it
-    stopped, a failing one is tried again after 1, 2, 4 ... seconds. Raises OSError without a network."""
+    """The path of a dataset's file, downloaded to `folder` if it is not there: an interrupted
+    download goes on where it stopped, a failing one is tried again after 1, 2, 4 ... seconds.
+    Raises OSError without a network."""
     path = folder / download.file
     partial = path.with_name(path.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)

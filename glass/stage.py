@@ -1,4 +1,5 @@
-"""What the stages of finetune.py share: their examples, the steps these are dealt out in, and two baselines.
+"""What the stages of finetune.py share: their examples, the steps these are dealt out in, and two
+baselines.
 
 A stage is a task as listed in glass/run.py. Its examples are made from the rows of supervised data.
 """
@@ -20,8 +21,8 @@ from glass.records import StepOrder, spread
 class Stage:
     """A task on examples of three splits; finetune.py's four stages extend it.
 
-    Its `loss` gets the examples of a micro-step and those of the whole step, and divides by what the
-    whole step holds, so that micro-steps add up.
+    Its `loss` gets the examples of a micro-step and those of the whole step, and divides by what
+    the whole step holds, so that micro-steps add up.
     """
 
     script = "finetune.py"
@@ -113,10 +114,14 @@ def answer_logprobs(model, examples):
 
 
 def bag_of_tokens(train_examples, test_examples, vocab_size):
-    """Test accuracy of a logistic regression that sees which tokens occur in a text, not their order."""
+    """Test accuracy of a logistic regression that sees which tokens occur in a text, not their
+    order.
+    """
 
     def occurrences(examples):
-        """1 where a token occurs in an example, in a sparse (examples, V + 1); the last column is a bias."""
+        """1 where a token occurs in an example, in a sparse (examples, V + 1); the last column is a
+        bias.
+        """
         places = [
             (row, token) for row, (ids, _) in enumerate(examples) for token in {*ids, vocab_size}
         ]

@@ -1,13 +1,14 @@
-"""Published weights in and out: Hugging Face folders of the GPT-2 and Llama kinds, with their tokenizers.
+"""Published weights in and out: Hugging Face folders of the GPT-2 and Llama kinds, with their
+tokenizers.
 
     model = GPT.from_pretrained("llama3.2-1b")           # a preset, a name on the hub, or a folder
     tokenizer = load_tokenizer("llama3.2-1b")
     model.save_pretrained("out/export", tokenizer)       # a folder that transformers loads
 
-A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json names.
-GPT-2's kind is GPT2LMHeadModel, Llama's LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama ...). Anything
-else is refused by name: a model that loads is the published model. The tables on top are the only home
-of Hugging Face's names.
+A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json
+names. GPT-2's kind is GPT2LMHeadModel, Llama's LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama ...).
+Anything else is refused by name: a model that loads is the published model. The tables on top are
+the only home of Hugging Face's names.
 """
 
 import difflib
@@ -168,8 +169,8 @@ ARCHITECTURE |= set("norm mlp pos qk_norm tie_weights smear embed_skip".split())
 def load_model(name_or_folder, which="best", dtype=None):
     """(model, tokenizer, checkpoint state) of a run's folder or of published weights.
 
-    A run's model is float32, with LoRA merged; which: its 'best' or its 'last' checkpoint, the last where
-    there is no best one. The state is None for published weights, whose dtype is chosen as in
+    A run's model is float32, with LoRA merged; which: its 'best' or its 'last' checkpoint, the last
+    where there is no best one. The state is None for published weights, whose dtype is chosen as in
     `load_pretrained`.
     """
     if checkpoint.saved_steps(name_or_folder):
@@ -189,7 +190,8 @@ def load_run(folder, which="best"):
 
 
 def find_folder(name_or_folder):
-    """The local folder of a published model: the one given, or that of a preset or hub name, downloaded once.
+    """The local folder of a published model: the one given, or that of a preset or hub name,
+    downloaded once.
 
     Raises ValueError for a name that is neither, OSError where it cannot be fetched.
     """
@@ -221,7 +223,9 @@ def find_folder(name_or_folder):
 
 
 def read_json(path, default=None):
-    """What a JSON file holds; `default` where there is no such file. Raises ValueError where it is not JSON."""
+    """What a JSON file holds; `default` where there is no such file. Raises ValueError where it is
+    not JSON.
+    """
     if not path.is_file():
         return default
     try:
@@ -244,7 +248,9 @@ def layout_of(path, found):
 
 
 def read_config(folder):
-    """The Layout of a folder and the GPTConfig of its config.json. Raises ValueError for what we do not compute."""
+    """The Layout of a folder and the GPTConfig of its config.json. Raises ValueError for what we do
+    not compute.
+    """
     path = folder / CONFIG
     found = read_json(path)
     if found is None:
@@ -291,7 +297,9 @@ def read_rope(path, found):
 
 
 def tensor_files(folder):
-    """The file that holds each tensor, by the tensor's name. Raises ValueError where one is missing or not whole."""
+    """The file that holds each tensor, by the tensor's name. Raises ValueError where one is missing
+    or not whole.
+    """
     index = read_json(folder / INDEX)
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
     if (folder / SINGLE).is_file():
@@ -320,7 +328,9 @@ def tensor_files(folder):
 
 
 def tensor_names(layout, state, prefix):
-    """(their name, our names, is_transposed) of every tensor of a model whose state_dict is `state`."""
+    """(their name, our names, is_transposed) of every tensor of a model whose state_dict is
+    `state`.
+    """
     n_layer = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     for theirs, ours in layout.modules.items():
         is_transposed = theirs.split(".")[-1] in layout.transposed
@@ -359,7 +369,9 @@ def check_overrides(folder, config, overrides):
 
 
 def plan_tensors(folder, layout, config, state):
-    """The tensors to read, [(their name, our names, is_transposed, file)]; ValueError where one is missing or extra."""
+    """The tensors to read, [(their name, our names, is_transposed, file)]; ValueError where one is
+    missing or extra.
+    """
     files = tensor_files(folder)
     has_prefix = any(name.startswith(layout.prefix) for name in files)
     names = list(tensor_names(layout, state, layout.prefix if has_prefix else ""))
@@ -391,10 +403,11 @@ def plan_tensors(folder, layout, config, state):
 def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
     """The published model of a folder, preset or hub name, as a GPT.
 
-    dtype None keeps that of the file (training wants torch.float32). overrides are settings that leave
-    the weights what they are: dropout, block_size (learned positions are cropped), attention ... Dropout
-    is 0 unless given. One tensor at a time is mapped and copied, so peak memory is that of the weights
-    plus the largest tensor, and the files may change afterwards. Raises ValueError for what does not fit.
+    dtype None keeps that of the file (training wants torch.float32). overrides are settings that
+    leave the weights what they are: dropout, block_size (learned positions are cropped), attention
+    ... Dropout is 0 unless given. One tensor at a time is mapped and copied, so peak memory is that
+    of the weights plus the largest tensor, and the files may change afterwards. Raises ValueError
+    for what does not fit.
     """
     folder = find_folder(name_or_folder)
     layout, config = read_config(folder)
@@ -485,7 +498,9 @@ def published_config(config):
 
 
 def published_tensors(model, layout):
-    """The model's tensors under their names. Biases that GPT-2 has and the model lacks become zeros."""
+    """The model's tensors under their names. Biases that GPT-2 has and the model lacks become
+    zeros.
+    """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.tie_weights:
         del state["head.weight"]
@@ -508,11 +523,13 @@ def published_tensors(model, layout):
 
 
 def save_pretrained(model, folder, tokenizer=None):
-    """Write a folder that transformers' AutoModelForCausalLM, and with a tokenizer AutoTokenizer, load.
+    """Write a folder that transformers' AutoModelForCausalLM, and with a tokenizer AutoTokenizer,
+    load.
 
-    Biases that GPT-2 has and the model lacks are written as zeros, which computes the same. The folder
-    appears whole or not at all; one that holds anything but an earlier export is left alone. Raises
-    ValueError for settings that no published class expresses, FileExistsError for a folder in use.
+    Biases that GPT-2 has and the model lacks are written as zeros, which computes the same. The
+    folder appears whole or not at all; one that holds anything but an earlier export is left alone.
+    Raises ValueError for settings that no published class expresses, FileExistsError for a folder
+    in use.
     """
     folder = Path(folder).resolve()
     layout, config = published_config(model.config)
@@ -567,7 +584,9 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Merge the LoRA matrices of a file into the model they were trained on. Raises ValueError if they do not fit."""
+    """Merge the LoRA matrices of a file into the model they were trained on. Raises ValueError if
+    they do not fit.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             lora = json.loads((file.metadata() or {}).get("lora", "null"))
@@ -598,7 +617,9 @@ def load_adapter(model, path):
 
 
 def load_tokenizer(source):
-    """The tokenizer of a published model (folder, preset, hub name), or of a dict from `to_dict` of any tokenizer."""
+    """The tokenizer of a published model (folder, preset, hub name), or of a dict from `to_dict` of
+    any tokenizer.
+    """
     if isinstance(source, dict):
         if source.get("type") != "huggingface":
             return bpe.load_tokenizer(source)
@@ -619,7 +640,9 @@ def load_tokenizer(source):
 
 
 def stop_ids(name_or_folder):
-    """The ids that end a text, from generation_config.json, else from config.json; [] where neither names one."""
+    """The ids that end a text, from generation_config.json, else from config.json; [] where neither
+    names one.
+    """
     folder = find_folder(name_or_folder)
     for name in (GENERATION, CONFIG):
         ids = read_json(folder / name, {}).get("eos_token_id")
