@@ -61,8 +61,7 @@ PATTERNS = {
     ),
 }
 
-# Every pattern above starts a new pre-token at a space that follows a non-space. Text can be cut
-# there.
+# Text can be cut at a space that follows a non-space: every pattern above starts a pre-token there.
 SAFE_CUT = re.compile(r"(?<=\S) ")
 LONGEST_PIECE = 400_000  # characters; tiktoken 0.14 fails on a run of a million spaces
 CACHED_PRETOKENS = 500_000  # a larger cache is emptied
@@ -159,9 +158,7 @@ def map_in_processes(work, items, processes, initializer=None, initargs=()):
 
 
 def start_worker(initializer, initargs):
-    """Run first in each worker. The worker then ends when the main process is gone, however it
-    died.
-    """
+    """Run first in each worker: it then ends when the main process is gone, however that died."""
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -302,10 +299,9 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size=None, special_tokens=SPECIAL_TOKENS):
-        """A tokenizer of the vocab_size most frequent words, specials included; None keeps all
-        words.
+        """A tokenizer of the vocab_size most frequent words, specials included.
 
-        Equally frequent words are in alphabetical order.
+        None keeps all words. Equally frequent words are in alphabetical order.
         """
         counts = Counter()
         for text in texts_of(texts):
@@ -460,8 +456,7 @@ class BPETokenizer(Tokenizer):
         return [ranks[part] for part in parts if part]
 
     def merge_steps(self, pretoken):
-        """Yield the parts of a pre-token, a list of bytes, before the first merge and after each
-        one.
+        """Yield the parts of a pre-token, a list of bytes, at the start and after each merge.
 
         This is the definition of BPE encoding; `merge` gives the same ids faster.
         """

@@ -110,8 +110,7 @@ class GPTConfig:
         if unknown := set(self.lora_targets.split()) - set(LINEAR_LAYERS.split()):
             names = " ".join(sorted(unknown))
             raise ValueError(f"lora_targets has {names}: choose from {LINEAR_LAYERS}")
-        keys = set(self.rope_scaling or ROPE_SCALING)
-        if self.rope_scaling is not None and keys != set(ROPE_SCALING):
+        if self.rope_scaling is not None and set(self.rope_scaling) != set(ROPE_SCALING):
             raise ValueError(
                 f"rope_scaling={self.rope_scaling} must have the keys {' '.join(ROPE_SCALING)}"
             )

@@ -35,14 +35,16 @@ import numpy as np
 from tqdm import tqdm
 
 import bpe
+from glass.files import lock, write_json
 from glass.settings import errors_in_one_line, read_arguments
-from glass.shards import META, ShardWriter, folder_of, token_dtype, write_json
+from glass.shards import MAKING, META, ShardWriter, folder_of, token_dtype
 from glass.sources import SOURCES, fetch, find_file
 
 PIECE = 100_000  # characters that one call of a tokenizer gets
 BATCH = 500_000  # characters that one call of a worker gets
 BLOCK = 1 << 18  # bytes read from a file at a time
 SAVE_SECONDS = 2.0
+PROGRESS = "progress.json"  # how far an interrupted run came
 TRAINED_ON = 100_000_000  # characters of a long text that a tokenizer is trained on
 
 
@@ -69,6 +71,10 @@ class Settings:
                 f"dataset {self.name!r} is unknown: add --input FILE, or take one of {' '.join(SOURCES)}"
             )
         source = SOURCES.get(self.name)
+        if self.input and source and source.records and not source.downloads:
+            raise ValueError(
+                f"dataset {self.name} is generated and reads nothing: leave --input out"
+            )
         self.tokenizer = self.tokenizer or (source.tokenizer if source else "gpt2")
         if self.val_fraction is None:
             self.val_fraction = source.val_fraction if source else 0.1
@@ -336,115 +342,97 @@ def encode_to_array(tokenizer, text):
 
 
 def prepare(settings):
-    """Make one dataset and write its meta.json; gives back its folder. What is there already is
-    left as it is.
+    """Make one dataset, or leave it alone if it is there; gives its folder.
+
+    New files are made in a folder inside, and replace the old ones once all of them are whole.
     """
     folder = folder_of(settings.name)
-    meta_path = folder / META
-    if meta_path.is_file() and not settings.overwrite:
+    if (folder / META).is_file() and not settings.overwrite:
         print(f"{folder} is prepared already: --overwrite=True makes it again")
         return folder
-    files = input_files(settings)
+    check_foreign(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    meta_path.unlink(missing_ok=True)
+    held = lock(folder, str(folder))
     try:
+        files = input_files(settings)
         source = SOURCES.get(settings.name)
-        meta = (
-            prepare_records(settings, source, files)
-            if source and source.records
-            else prepare_text(settings, files)
-        )
-        write_json(meta_path, meta)
+        (folder / MAKING).mkdir(exist_ok=True)
+        if source and source.records:
+            meta = prepare_records(settings, source, files)
+        else:
+            meta = prepare_text(settings, files)
+        replace_files(folder, meta)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(
             f"no space is left for {folder}: free some, run the same command again, it continues"
         ) from error
-    (folder / "progress.json").unlink(missing_ok=True)
+    finally:
+        held.release()
     for split, about in meta["splits"].items():
-        print(
-            ", ".join(f"{value:,} {key}" for key, value in about.items() if key != "shards").join(
-                (f"{split}: ", "")
-            )
-        )
+        counts = (f"{value:,} {key}" for key, value in about.items() if key != "shards")
+        print(f"{split}: {', '.join(counts)}")
     return folder
 
 
+def made_files(folder):
+    """The files of a dataset that a swap replaces."""
+    patterns = (
+        "train_*.bin",
+        "val_*.bin",
+        *(f"{split}.jsonl" for split in ("train", "val", "test")),
+    )
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def check_foreign(folder, settings):
+    """ValueError where the folder holds shards that another program made, unless they may go."""
+    is_ours = any((folder / name).exists() for name in (META, MAKING, "progress.json"))
+    if settings.overwrite or is_ours or not made_files(folder):
+        return
+    raise ValueError(
+        f"{folder} holds {made_files(folder)[0].name}, which prepare.py did not make: "
+        "choose another name, or let --overwrite=True replace it"
+    )
+
+
+def replace_files(folder, meta):
+    """Put what is made in place of the old files. Whatever interrupts this, meta.json comes last."""
+    making = folder / MAKING
+    (making / PROGRESS).unlink(missing_ok=True)  # from here on, what is in it may be moved
+    (folder / META).unlink(missing_ok=True)
+    for old in made_files(folder):
+        old.unlink()
+    for new in making.iterdir():
+        new.replace(folder / new.name)
+    write_json(folder / META, meta)
+    (folder / PROGRESS).unlink(missing_ok=True)  # of an earlier version
+    making.rmdir()
+
+
 def prepare_text(settings, files):
-    """The meta.json of a text dataset whose shards are written; continues where an interrupted run
-    stopped.
-    """
-    folder = folder_of(settings.name)
-    identity = {
-        key: value for key, value in asdict(settings).items() if key not in ("workers", "overwrite")
-    }
-    identity["files"] = [
-        [str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files
-    ]
-    progress = read_progress(folder, identity)
-    if progress is None:
-        for shard in [*folder.glob("train_*.bin"), *folder.glob("val_*.bin")]:
-            shard.unlink()
-        left = train_characters(settings, files)
-        tokenizer = make_tokenizer(settings, files)
-        progress = {
-            "identity": identity,
-            "batches": 0,
-            "left": left,
-            "splits": {},
-            "tokenizer": tokenizer.to_dict(),
-        }
-    else:
-        tokenizer = bpe.load_tokenizer(progress["tokenizer"])
+    """The meta.json of a text dataset, after its shards; goes on where an interrupted run stopped."""
+    making = folder_of(settings.name) / MAKING
+    progress = start_progress(settings, files, making)
+    tokenizer = bpe.load_tokenizer(progress["tokenizer"])
     dtype = token_dtype(tokenizer.vocab_size)
     if dtype == "<u4":
         print(f"vocab_size={tokenizer.vocab_size} exceeds 65,536: tokens are written as uint32")
-    writers = {
-        split: ShardWriter(
-            folder, split, dtype, settings.shard_tokens, progress["splits"].get(split)
-        )
-        for split in ("train", "val")
-    }
-
-    # Workers tokenize, this process reads, writes and remembers.
-    todo = batches_of(split_pieces(settings, files, progress["left"]))
-    todo = itertools.islice(todo, progress["batches"], None)
-    first = list(itertools.islice(todo, 2))
-    workers = 1 if len(first) < 2 else settings.workers or os.cpu_count()
-    results = bpe.map_in_processes(
-        encode_batch, itertools.chain(first, todo), workers, start_worker, (tokenizer, dtype)
-    )
-    done = sum(writer.about["bytes"] for writer in writers.values())
-    total = (
-        sum(path.stat().st_size for path in files if not path.name.endswith((".gz", ".parquet")))
-        or None
-    )
-    saved_at = time.monotonic()
-    with tqdm(
-        total=total, initial=done, unit="B", unit_scale=True, disable=None, desc=settings.name
-    ) as bar:
-        for result in results:
-            for split, encoded in result.items():
-                writers[split].append(*encoded)
-                bar.update(encoded[-1])
-            progress["batches"] += 1
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                save_progress(folder, progress, writers)
-                saved_at = time.monotonic()
-    for writer in writers.values():
-        writer.close_shard()
-
+    writers = {}
+    for split in ("train", "val"):
+        about = progress["splits"].get(split)
+        writers[split] = ShardWriter(making, split, dtype, settings.shard_tokens, about)
+    write_shards(settings, files, progress, writers, (tokenizer, dtype))
     splits = {split: writer.about for split, writer in writers.items()}
     digests = [shard["sha256"] for about in splits.values() for shard in about["shards"]]
+    is_named = settings.name in SOURCES and settings.input is None
+    about = SOURCES[settings.name].about if is_named else "own text"
     return {
         "format": 1,
         "kind": "text",
         "name": settings.name,
-        "source": {
-            "about": SOURCES[settings.name].about if settings.name in SOURCES else "own text",
-            **identity,
-        },
+        "source": {"about": about, **progress["identity"]},
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "splits": splits,
@@ -453,17 +441,62 @@ def prepare_text(settings, files):
     }
 
 
+def write_shards(settings, files, progress, writers, worker):
+    """Tokenize what is left of the text: workers tokenize, this process reads, writes, remembers."""
+    todo = batches_of(split_pieces(settings, files, progress["left"]))
+    todo = itertools.islice(todo, progress["batches"], None)
+    first = list(itertools.islice(todo, 2))
+    n_workers = 1 if len(first) < 2 else settings.workers or os.cpu_count()
+    todo = itertools.chain(first, todo)
+    results = bpe.map_in_processes(encode_batch, todo, n_workers, start_worker, worker)
+    done = sum(writer.about["bytes"] for writer in writers.values())
+    plain = [path for path in files if not path.name.endswith((".gz", ".parquet"))]
+    total = sum(path.stat().st_size for path in plain) or None
+    saved_at = time.monotonic()
+    options = dict(unit="B", unit_scale=True, disable=None, desc=settings.name)
+    with tqdm(total=total, initial=done, **options) as bar:
+        for result in results:
+            for split, encoded in result.items():
+                writers[split].append(*encoded)
+                bar.update(encoded[-1])
+            progress["batches"] += 1
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                save_progress(folder_of(settings.name) / MAKING, progress, writers)
+                saved_at = time.monotonic()
+    for writer in writers.values():
+        writer.close_shard()
+
+
+def start_progress(settings, files, making):
+    """How far an interrupted run of the same settings and files came, or the start of a new one."""
+    identity = asdict(settings)
+    del identity["workers"], identity["overwrite"]
+    stats = [(path, path.stat()) for path in files]
+    identity["files"] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    if progress := read_progress(making, identity):
+        return progress
+    for old in making.iterdir():
+        old.unlink()
+    left = train_characters(settings, files)
+    tokenizer = make_tokenizer(settings, files)
+    progress = {"identity": identity, "batches": 0, "left": left, "splits": {}}
+    return progress | {"tokenizer": tokenizer.to_dict()}
+
+
 def read_progress(folder, identity):
     """What save_progress wrote for the same settings and files, or None."""
-    path = folder / "progress.json"
+    path = folder / PROGRESS
     if not path.is_file():
         return None
-    progress = json.loads(path.read_text(encoding="utf-8"))
-    if progress["identity"] != identity:
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        is_same = progress["identity"] == identity
+        tokens = sum(about["tokens"] for about in progress["splits"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):  # torn, or not ours
         return None
-    print(
-        f"continuing after {sum(about['tokens'] for about in progress['splits'].values()):,} tokens"
-    )
+    if not is_same:
+        return None
+    print(f"continuing after {tokens:,} tokens")
     return progress
 
 
@@ -471,7 +504,7 @@ def save_progress(folder, progress, writers):
     for split, writer in writers.items():
         writer.sync()
         progress["splits"][split] = writer.about
-    write_json(folder / "progress.json", progress)
+    write_json(folder / PROGRESS, progress)
 
 
 def make_tokenizer(settings, files):
@@ -502,11 +535,9 @@ def prepare_records(settings, source, files):
     """The meta.json of supervised data whose {train,val,test}.jsonl are written: 80, 10 and 10%, by
     a hash of the text where a record does not name its split. The same text never stands in two;
     what stands there twice is kept once."""
-    folder = folder_of(settings.name)
-    records = {}
-    for record in (
-        itertools.chain.from_iterable(map(source.records, files)) if files else source.records()
-    ):
+    making, records = folder_of(settings.name) / MAKING, {}
+    found = itertools.chain.from_iterable(map(source.records, files)) if files else source.records()
+    for record in found:
         asked = [record[key] for key in ("text", "prompt", "instruction", "input") if key in record]
         records.setdefault(" ".join("\n".join(asked).lower().split()), record)
     splits = {"train": [], "val": [], "test": []}
@@ -516,7 +547,7 @@ def prepare_records(settings, source, files):
         splits[record.pop("split", split)].append(record)
     for split, chosen in splits.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (making / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     about = {split: {"records": len(chosen)} for split, chosen in splits.items()}
     return {
         "format": 1,

@@ -34,7 +34,18 @@ import model as model_module
 import prepare
 import sample
 import train
-from glass import chat, checkpoint, generate, optim, progress, records, shards, sources, weights
+from glass import (
+    chat,
+    checkpoint,
+    files,
+    generate,
+    optim,
+    progress,
+    records,
+    shards,
+    sources,
+    weights,
+)
 from glass.device import Processes, autocast
 from glass.settings import configure, errors_in_one_line
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies, rope_rotation
@@ -77,6 +88,13 @@ def run_main(main, argv, capsys):
     except SystemExit as stop:
         status = stop.code
     return (status, *capsys.readouterr())
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """loss.png takes 0.1 s at every evaluation, so only tests that are marked with `pictures` draw it."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(progress, "draw_losses", lambda lines, path: path.touch())
 
 
 @pytest.fixture
@@ -814,7 +832,7 @@ def test_killed_run_continues_to_the_same_bytes(in_tmp_path):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    progress = Path("data/killed/progress.json")
+    progress = Path("data/killed/making/progress.json")
     while not progress.is_file() or json.loads(progress.read_text())["batches"] < 3:
         assert process.poll() is None
         time.sleep(0.01)
@@ -886,6 +904,7 @@ def test_estimate_loss_equals_the_mean_over_single_tokens():
     assert estimate == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+@pytest.mark.pictures
 def test_a_run_trains_and_leaves_what_it_says(workdir, capsys):
     status, out, _ = run_main(train.main, TINY_RUN, capsys)
     assert (
@@ -902,6 +921,7 @@ def test_a_run_trains_and_leaves_what_it_says(workdir, capsys):
         "metrics.jsonl",
         "loss.png",
     }
+    assert (folder / "loss.png").stat().st_size > 10_000
     assert checkpoint.saved_steps(folder) == [3, 6]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
@@ -1101,7 +1121,7 @@ def test_gradients_that_are_not_finite_end_the_run_and_name_the_last_checkpoint(
 
 def test_a_folder_in_use_is_refused(workdir, capsys):
     Path("out/small").mkdir(parents=True)
-    held = checkpoint.lock("out/small")
+    held = files.lock("out/small")
     status, _, err = run_main(train.main, TINY_RUN, capsys)
     assert status == 2 and "out_dir=out/small is in use by a run that is still going" in err
     held.release()
@@ -1253,7 +1273,7 @@ def test_published_weights_keep_their_architecture_and_say_so(workdir, capsys):
     without = [word for word in words if not word.startswith("--n_layer")]
     assert run_main(train.main, ["other.py", *without], capsys)[0] == 0
     recorded = json.loads(Path("out/tuned/config.json").read_text())
-    assert (recorded["n_layer"], recorded["mlp"]) == (1, "gelu")
+    assert (recorded["n_layer"], recorded["mlp"]) == (1, "gelu_exact")
 
 
 def test_published_weights_refuse_the_tokens_of_another_tokenizer(workdir, capsys):
@@ -1423,6 +1443,7 @@ def test_a_checkpoint_of_version_1_goes_on(workdir, capsys):
 # ------------------------------------------------------------------------------------------------ finetune.py
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("task", TASKS)
 def test_every_stage_trains_and_says_what_it_reached(long_base, capsys, task):
     status, out, err = tune(task, capsys)
@@ -2252,11 +2273,11 @@ def test_a_newer_version_says_so_and_a_lock_dies_with_its_holder(tmp_path):
     checkpoint.save(tmp_path, 1, {**example_state(1), "version": 99})
     with pytest.raises(ValueError, match="has version 99"):
         checkpoint.load(tmp_path)
-    held = checkpoint.lock(tmp_path)
+    held = files.lock(tmp_path)
     with pytest.raises(ValueError, match="is in use by a run"):
-        checkpoint.lock(tmp_path)
+        files.lock(tmp_path)
     held.release()
-    checkpoint.lock(tmp_path).release()
+    files.lock(tmp_path).release()
 
 
 class Crash(Exception):

@@ -18,8 +18,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import filelock
 import torch
+
+from glass.files import sync_folder
 
 VERSION = 2
 # what an earlier run may have left in a folder, beside its checkpoints
@@ -204,20 +205,6 @@ def tensor_bytes(state):
     return sum(map(tensor_bytes, state))
 
 
-def sync_folder(folder):
-    """Flush the folder's own entries, so that a rename survives a power cut."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (
-        PermissionError
-    ):  # Windows opens no folders, and keeps renames in its file system's journal
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def newest_run(root="."):
     """The folder with the newest checkpoint: out/ itself, its subfolders, and nanoGPT's out-*/."""
     folders = [
@@ -237,18 +224,3 @@ def remove_run(folder):
     checkpoints = [checkpoint_path(folder, step) for step in saved_steps(folder)]
     for path in [*checkpoints, *(Path(folder) / name for name in LEFT_BEHIND)]:
         path.unlink(missing_ok=True)
-
-
-def lock(folder):
-    """A lock on the folder, held until its release() or the end of the process.
-
-    Raises ValueError if another run holds it.
-    """
-    held = filelock.FileLock(Path(folder) / "lock")
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(
-            f"out_dir={folder} is in use by a run that is still going: name another, or stop that run"
-        ) from error
-    return held

@@ -1,4 +1,4 @@
-"""The machine: device, dtype of products, memory that is kept, and the processes of torchrun."""
+"""The machine: its device, the dtype of products, memory that is kept, and torchrun's processes."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-PEAK_FLOPS = {  # a second, dense bfloat16: NVIDIA's data sheets
+PEAK_FLOPS = {  # per second, dense bfloat16, from NVIDIA's data sheets
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -16,12 +16,18 @@ PEAK_FLOPS = {  # a second, dense bfloat16: NVIDIA's data sheets
 
 
 def choose_device(name="auto"):
-    """A torch.device: 'auto' takes cuda, else mps, else cpu. Raises ValueError for one that is not
-    there.
+    """The torch.device of that name; 'auto' takes cuda, else mps, else cpu.
+
+    Raises ValueError for a device that this machine does not have.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+        if cuda:
+            name = "cuda"
+        elif mps:
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -31,12 +37,12 @@ def choose_device(name="auto"):
     if not {"cuda": cuda, "mps": mps}.get(device.type, True):
         raise ValueError(
             f"device={name} is not available to this torch ({torch.__version__}): "
-            "use --device=cpu, or install a torch for it"
+            "use --device=cpu, or install a torch that supports it"
         )
     n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
         raise ValueError(
-            f"device={name} but there are {n_gpus} GPUs, counted from 0: choose one of them"
+            f"device={name} but there are {n_gpus} GPUs, counted from 0: choose one of these"
         )
     return device
 
@@ -44,8 +50,8 @@ def choose_device(name="auto"):
 def choose_dtype(name, device):
     """The torch.dtype of matrix products: 'auto', 'float32', 'bfloat16' or 'float16'.
 
-    'auto' is bfloat16 where it is fast. On a CPU that is where the processor multiplies bfloat16
-    itself: emulated, it is slower than float32. Raises ValueError for another name.
+    'auto' is bfloat16 where that is fast. On a CPU it is fast if the processor multiplies bfloat16
+    natively; emulated, it is slower than float32. Raises ValueError for another name.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name in dtypes:
@@ -61,16 +67,14 @@ def choose_dtype(name, device):
 
 
 def autocast(device, dtype):
-    """A context in which matrix products run in dtype, while the float32 weights stay as they are."""
+    """A context in which matrix products run in dtype; the float32 weights stay as they are."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 def peak_flops(device):
-    """The published bfloat16 FLOPs a second of a GPU, or None for a device that is not in the
-    table.
-    """
+    """The published bfloat16 FLOPs per second of a GPU, or None if the table lacks the device."""
     if device.type != "cuda":
         return None
     gpu = torch.cuda.get_device_name(device)
@@ -78,21 +82,21 @@ def peak_flops(device):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep memory that is freed: handing pages back costs a third of a step on a CPU.
+    """Tell glibc to keep freed memory: handing pages back costs a third of a step on a CPU.
 
-    Sets M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3). Does nothing where the C library is another.
+    Sets M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3). Does nothing with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)
         mallopt(-4, 0)
-    except (OSError, AttributeError, TypeError):  # TypeError: Windows loads no library by None
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows cannot open None
         pass
 
 
 @dataclass
 class Processes:
-    """The processes that train together: this one is `rank` of `size`. One process is 0 of 1."""
+    """The processes that train together. This one is `rank` of `size`; one process is 0 of 1."""
 
     rank: int = 0
     size: int = 1
@@ -103,8 +107,9 @@ class Processes:
         return self.rank == 0
 
     def reduce(self, values, op=dist.ReduceOp.SUM):
-        """values (n,) of every process, summed or otherwise reduced; on the CPU where there are
-        several.
+        """values (n,), summed over all processes (or reduced by another op): (n,).
+
+        The result is on the CPU if there are several processes.
         """
         if self.size == 1:
             return values
@@ -114,29 +119,30 @@ class Processes:
         return values.cpu()
 
     def leave(self):
-        """Wait until every process is done with the others, then part."""
+        """Wait until every process is done, then leave the group."""
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
 
 def count_processes():
-    """How many processes torchrun has started: 1 without it."""
+    """How many processes torchrun has started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes(device, backend=None):
-    """The Processes that torchrun started, with this one's device; just this one without torchrun.
+    """The Processes that torchrun started, with the device of this one.
 
-    backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
+    Without torchrun there is just this process. backend is torch.distributed's; None takes nccl on
+    GPUs and gloo on CPUs.
     """
     if count_processes() == 1:
         return Processes(device=device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # a restart finds the addresses of the dead in torchrun's store, so it looks under another
-    # prefix
+    # After a restart, torchrun's store still holds the addresses of the dead processes. A prefix of
+    # its own for each attempt hides them.
     store, rank, size = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)

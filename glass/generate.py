@@ -1,7 +1,7 @@
-"""Text from a model, fast: cached decoding of many rows, sampling filters, and one-row products.
+"""Fast text from a model: cached decoding of many rows, sampling filters, and one-row products.
 
-`stream` yields ids as they are made; `generate` gives all of them; `speed_up` puts faster products
-in a model that only generates. `GPT.generate` in model.py is the plain version of the same.
+`stream` yields ids as they are made, `generate` gives all of them at once. `speed_up` puts faster
+products into a model that only generates. `GPT.generate` in model.py is the plain version.
 """
 
 import math
@@ -16,9 +16,9 @@ from model import Attention, draw
 
 
 def penalise(logits, seen, penalty):
-    """Make the ids seen so far less likely: logits (B, V), seen (B, V) bool -> (B, V).
+    """Logits that make the ids seen so far less likely: logits (B, V), seen (B, V) bool -> (B, V).
 
-    Positive logits are divided by the penalty, negative ones multiplied. Source: CTRL,
+    Divides positive logits by the penalty and multiplies negative ones. Source: CTRL,
     arXiv:1909.05858.
     """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -26,27 +26,31 @@ def penalise(logits, seen, penalty):
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
-    """Draw an id from each row: logits (B, V) -> (B,). temperature=0 takes the likeliest.
+    """Draw an id from each row: logits (B, V) -> (B,). temperature=0 takes the likeliest id.
 
-    In this order: top_k keeps the k likeliest; min_p those at least min_p times as likely as the
-    likeliest (arXiv:2407.01082); top_p the fewest that hold top_p of the probability
-    (arXiv:1904.09751).
+    The filters apply in this order. top_k keeps the k likeliest ids. min_p keeps those at least
+    min_p times as likely as the likeliest (arXiv:2407.01082). top_p keeps the fewest that hold
+    top_p of the probability (arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    ids = None  # of the candidates, likeliest first; None: all ids in order
+    ids = None  # the candidates, likeliest first; None: all ids in order
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)  # (B, k)
     elif top_p is not None:
         logits, ids = logits.sort(dim=-1, descending=True)  # (B, V)
     probs = F.softmax(logits / temperature, dim=-1)
     if min_p is not None:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+        least = min_p * probs.amax(-1, keepdim=True)
+        probs = probs.masked_fill(probs < least, 0.0)
     if top_p is not None:
         held_by_likelier = probs.cumsum(-1) - probs
-        probs = probs.masked_fill(held_by_likelier >= top_p * probs.sum(-1, keepdim=True), 0.0)
+        nucleus = top_p * probs.sum(-1, keepdim=True)
+        probs = probs.masked_fill(held_by_likelier >= nucleus, 0.0)
     drawn = draw(probs, generator)  # (B, 1)
-    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+    if ids is not None:
+        drawn = ids.gather(-1, drawn)
+    return drawn[:, 0]
 
 
 # Many rows at once.
@@ -58,47 +62,49 @@ class Rows:
     def __init__(self, idx, lengths, room):
         B, T = idx.shape
         self.text = torch.cat([idx, idx.new_zeros(B, room)], dim=1)  # (B, T + room)
-        self.lengths = (
-            torch.full((B,), T, device=idx.device) if lengths is None else lengths.clone()
-        )
-        self.longest = int(self.lengths.max())  # a Python number, so that a GPU is not waited for
+        if lengths is None:
+            self.lengths = torch.full((B,), T, device=idx.device)
+        else:
+            self.lengths = lengths.clone()
+        self.longest = int(self.lengths.max())  # a Python int, so no later step waits for the GPU
         self.rows = torch.arange(B, device=idx.device)
         self.columns = torch.arange(T + room, device=idx.device)
 
     def append(self, ids):
-        """One id more for every row: ids (B,)."""
+        """Append one id to every row: ids (B,)."""
         self.text[self.rows, self.lengths] = ids
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
 
     def seen(self, vocab_size):
-        """Which ids each row holds: (B, V) bool."""
+        """Which ids each row holds: (B, V) bool, V = vocab_size."""
         is_padding = self.columns >= self.lengths[:, None]
         ids = self.text.masked_fill(is_padding, vocab_size)
         seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
         return seen.scatter(1, ids, True)[:, :-1]
 
     def last(self, lengths):
-        """The last lengths[b] ids of each row, right-padded: (B, the longest of them)."""
+        """The last lengths[b] ids of each row b, right-padded: (B, longest of lengths)."""
         first = self.lengths - lengths
         places = first[:, None] + self.columns[: int(lengths.max())]
         return self.text.gather(1, places.clamp(max=self.text.shape[1] - 1))
 
 
 def prefill(model, rows, room, static):
-    """A cache of the rows' texts and the logits (B, V) of their next tokens.
+    """(cache, logits): a cache of the rows' texts, and the logits (B, V) of their next tokens.
 
-    A text that does not fit in the block is cut to its last half block. Rows that equal the one
-    before share its forward pass. room: how many tokens are still to come.
+    If the longest text exceeds the block, each text is cut to at most its last half block.
+    Consecutive equal rows share one forward pass. room: how many tokens are still to come. static:
+    give the cache one of a few lengths, for a compiled decoder.
     """
     block_size, kept = model.config.block_size, rows.lengths
     if rows.longest > block_size:
         kept = kept.clamp(max=max(1, block_size // 2))
-    rows.longest = int(kept.max())  # from now on, of what the cache holds
+    rows.longest = int(kept.max())  # from now on, the longest text in the cache
     keyed = torch.cat([kept[:, None], rows.last(kept)], dim=1)  # (B, 1 + longest)
     distinct, source = torch.unique_consecutive(keyed, dim=0, return_inverse=True)
     ends, window = distinct[:, 0] - 1, distinct[:, 1:]  # (b,), (b, longest)
     max_len = min(block_size, rows.longest + room)
-    if static:  # few different lengths, since each is compiled anew
+    if static:  # each length is compiled separately
         max_len = min(block_size, 128 * math.ceil(max_len / 128))
     cache = model.new_cache(len(window), max_len)
     x = model.hidden(window, cache)[rows.rows[: len(window)], ends]  # (b, C)
@@ -122,13 +128,13 @@ def stream(
     logprobs=False,
     compiled_decode=None,
 ):
-    """Yield the next id of every row, (B,), max_new_tokens times or until all rows gave one of
-    `stop`.
+    """Yield the next id of every row, (B,), up to max_new_tokens times.
 
-    idx (B, T), right-padded where lengths (B,) says how much of each row is real. A finished row
-    repeats its stop id. With logprobs, yields (ids, log-probabilities (B, V)) of the model itself,
-    before temperature, penalty and filters (see `sample`). Past block_size only the last half of
-    each row is kept. compiled_decode: what `speed_up` gave back, used for all but the prefill.
+    idx: (B, T); with lengths (B,), row b is its first lengths[b] ids and the rest is padding. Stops
+    when every row has given an id of `stop`; a finished row repeats its stop id. With logprobs,
+    yields (ids, log-probabilities (B, V)). They are the model's own, before temperature, penalty
+    and filters (see `sample`). Beyond block_size, only the last half block of each row is kept.
+    compiled_decode: what `speed_up` gave back; it does all but the prefill.
     """
     rows, decode = Rows(idx, lengths, max_new_tokens), compiled_decode or model.decode
     seen = rows.seen(model.config.vocab_size) if repetition_penalty != 1.0 else None
@@ -157,15 +163,15 @@ def stream(
 
 
 def generate(model, idx, max_new_tokens, **options):
-    """idx (B, T) -> (B, T + new): the prompts as given, then from column T on what `stream` yields."""
+    """The prompts followed by what `stream` yields: idx (B, T) -> (B, T + new)."""
     new = list(stream(model, idx, max_new_tokens, **options))
     return torch.cat([idx, *(ids[:, None] for ids in new)], dim=1)
 
 
 def padded(sequences, device):
-    """Lists of ids as idx (B, T), right-padded with 0, and lengths (B,).
+    """(idx, lengths) of lists of ids: idx (B, T), right-padded with 0, and lengths (B,).
 
-    What the padding holds changes nothing, since attention is causal.
+    The value of the padding does not matter, because attention is causal.
     """
     lengths = torch.tensor([len(ids) for ids in sequences])
     idx = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
@@ -175,10 +181,10 @@ def padded(sequences, device):
 
 
 def answer(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
-    """The ids that the model answers to each prompt, lists both; a stop id, if it came, is the
-    last.
+    """The model's answer to each prompt, both as lists of ids.
 
-    Prompts of similar length are answered together. The model is put in evaluation mode meanwhile.
+    If a stop id came, it is the last id of the answer. Prompts of similar length are answered
+    together. The model is in evaluation mode meanwhile.
     """
     was_training = model.training
     model.eval()
@@ -197,55 +203,56 @@ def answer(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
 
 
 class TextStream:
-    """Ids in, text out as soon as it is certain.
+    """Turns ids into text, as soon as the text is certain.
 
-    An unfinished UTF-8 character, or the beginning of a stop string, is held back.
+    Holds back an unfinished UTF-8 character and what may be the beginning of a stop string.
     """
 
     def __init__(self, tokenizer, stop):
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self.ids, self.shown = [], 0  # the last ids, and how many characters of their text are out
+        self.ids, self.shown = [], 0  # the last ids; how many characters of their text were given
 
     def add(self, token):
-        """The text that this id makes certain. A complete stop string sets `stopped`, and is left
-        out.
+        """The text that this id makes certain.
+
+        A complete stop string sets `stopped` and is left out.
         """
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         for stop in self.stop:
             if stop in text[self.shown :]:
-                self.stopped, text = True, text[: text.index(stop, self.shown)]
+                self.stopped = True
+                text = text[: text.index(stop, self.shown)]
         certain = len(text) if self.stopped else len(text) - self.held_back(text)
         certain = max(self.shown, certain)
         new, self.shown = text[self.shown : certain], certain
-        if len(self.ids) > 256 and certain == len(text):  # decode a bounded number of ids each time
+        if len(self.ids) > 256 and certain == len(text):  # so that each decode takes constant time
             self.ids = self.ids[-16:]
             self.shown = len(self.tokenizer.decode(self.ids))
         return new
 
     def held_back(self, text):
-        """How many characters at the end may still change."""
+        """How many characters at the end of text may still change."""
         if text.endswith("\ufffd"):
             return 1
-        starts = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(starts, default=0)
+        starts = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+        return max((len(start) for start in starts if text.endswith(start)), default=0)
 
     def rest(self):
-        """What was held back, once nothing follows."""
+        """The text that was still held back, once no more ids follow."""
         return "" if self.stopped else self.tokenizer.decode(self.ids)[self.shown :]
 
 
-# Faster products. A decoded token reads every weight once, so memory bandwidth is the limit, and
-# fewer bytes a weight are more tokens a second. nn.Linear uses one thread of a CPU for a single
-# row.
+# Faster products. Decoding a token reads every weight once, so memory bandwidth is the limit: fewer
+# bytes per weight give more tokens per second. nn.Linear multiplies a single row on one CPU thread.
 
 
 class RowLinear(nn.Module):
     """nn.Linear that multiplies a single row on all cores: x (..., K) -> (..., N).
 
-    On two cores, float32 (1, 768) x (768, 3072): F.linear 554 us (17 GB/s), halves as a batch 374
-    us (25 GB/s). Compiled, product and sum are one loop: 245 us (38 GB/s), in bfloat16 117 us (40
-    GB/s).
+    On two cores, for float32 (1, 768) x (768, 3072): F.linear takes 554 us (17 GB/s). Two halves as
+    a batch take 374 us (25 GB/s). Compiled, product and sum are one loop, which takes 245 us (38
+    GB/s), or 117 us (40 GB/s) in bfloat16.
     """
 
     def __init__(self, linear):
@@ -269,7 +276,7 @@ class RowLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with weights rounded to int8 and a scale for each output row.
+    """nn.Linear with weights rounded to int8 and one scale per output row: x (..., K) -> (..., N).
 
     A weight is off by at most half a step; a step is about 1/127 of the largest weight of its row.
     On a CPU, x is rounded to bfloat16 unless the product is compiled.
@@ -279,7 +286,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()  # (N, K)
         largest = weight.abs().amax(dim=1).clamp(min=1e-12)
-        scale = (largest / 127).bfloat16()  # (N,), in the dtype that multiplies again
+        scale = (largest / 127).bfloat16()  # (N,), in the dtype of the later product
         rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         self.register_buffer("weight", rounded.to(torch.int8))
         self.register_buffer("scale", scale)
@@ -298,10 +305,10 @@ class Int8Linear(nn.Module):
 
 
 def row_product(weight, x):
-    """weight (N, K) times the one row of x, summed in float32, for the compiler: (N,).
+    """weight (N, K) times the only row of x, summed in float32: (N,). For compiled code.
 
-    as_strided makes the compiler store x first. Otherwise it would inline what made x (a norm, a
-    GELU) and compute that N times.
+    as_strided makes the compiler store x first. Otherwise it would inline whatever computes x (a
+    norm, a GELU) and compute that N times.
     """
     K = weight.shape[1]
     x = x.contiguous().as_strided((1, K), (K, 1))
@@ -309,10 +316,10 @@ def row_product(weight, x):
 
 
 class JoinedAttention(Attention):
-    """Attention whose three input projections are one product: 0.8 ms a token less for GPT-2 124M."""
+    """Attention with one product for q, k and v: saves 0.8 ms per token of GPT-2 124M."""
 
     def __init__(self, attn):
-        nn.Module.__init__(self)  # takes over the parts of attn instead of making new ones
+        nn.Module.__init__(self)  # Attention.__init__ would make new parts; these are attn's
         self.layer, self.head_dim = attn.layer, attn.head_dim
         self.n_head, self.n_kv_head = attn.n_head, attn.n_kv_head
         parts = (attn.q_proj, attn.k_proj, attn.v_proj)
@@ -326,18 +333,18 @@ class JoinedAttention(Attention):
         self.attn_dropout, self.o_dropout = attn.attn_dropout, attn.o_dropout
 
     def project(self, x):
+        """(q, k, v) of x (B, T, C): (B, T, H, D), and twice (B, T, Hkv, D)."""
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
         return qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
 
 
 def speed_up(model, quantize=None, compile=False):
-    """Put faster products into a model that only generates; gives `compiled_decode` for `stream`,
-    or None.
+    """Put faster products into a model that only generates; gives `compiled_decode` for `stream`.
 
-    LoRA is merged first. quantize='int8' rounds the weights of every product (not the embedding
-    that is looked up). With compile the first token after the prefill waits for the compiler, and a
-    GPU then replays the step as one CUDA graph.
+    Gives None without compile. LoRA is merged first. quantize='int8' rounds the weights of every
+    product; the token embedding stays as it is. With compile, the first token after the prefill
+    waits for the compiler, and a GPU then replays each step as one CUDA graph.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} must be int8 or None")
@@ -352,8 +359,7 @@ def speed_up(model, quantize=None, compile=False):
                     setattr(parent, name, fast(child))
     if not compile:
         return None
-    # The weights stay what they are. Looking for changes in every module would cost 0.4 ms a token
-    # of
+    # The weights do not change. Checking every module for changes would cost 0.4 ms per token of
     # GPT-2 124M.
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     if model.device.type == "cuda":

@@ -1,6 +1,4 @@
-"""Tokenizers of published models: Hugging Face's tokenizer.json behind our protocol, and ours
-written as one.
-"""
+"""Hugging Face's tokenizer.json: published ones are read, and our tokenizers are written as one."""
 
 import json
 import re
@@ -11,10 +9,10 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 class HuggingFaceTokenizer(bpe.Tokenizer):
-    """A published tokenizer.json behind the protocol of bpe.py, through the package tokenizers.
+    """A published tokenizer.json as a tokenizer of bpe.py, through the package tokenizers.
 
-    `encode` adds nothing to the text. `bos_id` is the id that the model expects first, None where
-    there is none. `config` is tokenizer_config.json, with its chat_template for one.
+    `encode` adds nothing to the text. `bos_id` is the id that the model expects first, or None.
+    `config` is the content of tokenizer_config.json, which holds the chat_template.
     """
 
     def __init__(self, saved, config, stop_ids=()):
@@ -22,12 +20,13 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
             import tokenizers
         except ImportError as error:
             raise OSError(
-                f"{TOKENIZER} of a published model needs a package: pip install tokenizers"
+                f"{TOKENIZER} of a published model needs the package tokenizers: "
+                "pip install tokenizers"
             ) from error
         self.saved, self.config, self.stop_ids = saved, config, list(stop_ids)
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(saved))
-        # the string of a special token is ordinary text here; Tokenizer.encode finds the allowed
-        # ones
+        # The string of a special token is ordinary text here. Tokenizer.encode finds the ones
+        # that are allowed.
         self.backend.encode_special_tokens = True
         self.special_tokens = {
             token["content"]: token["id"] for token in saved["added_tokens"] if token["special"]
@@ -40,10 +39,10 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
         self.tokens = self.bytes_of_tokens()
 
     def bytes_of_tokens(self):
-        """The bytes of every id.
+        """The bytes of every id, as a list.
 
-        The vocabulary writes them in GPT-2's printable bytes, or as text with ▁ for a space and
-        <0x0A> for a byte.
+        The vocabulary has them in GPT-2's printable bytes, or as text with ▁ for a space and <0x0A>
+        for a byte.
         """
         byte_of = {character: byte for byte, character in bpe.printable_bytes().items()}
         byte_level = '"ByteLevel"' in json.dumps(self.saved["decoder"])
@@ -59,7 +58,8 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
             elif metaspace and re.fullmatch("<0x[0-9A-F]{2}>", text):
                 tokens[i] = bytes([int(text[3:5], 16)])
             else:
-                tokens[i] = (text.replace("▁", " ") if metaspace else text).encode("utf-8")
+                plain = text.replace("▁", " ") if metaspace else text
+                tokens[i] = plain.encode("utf-8")
         return tokens
 
     def encode_ordinary(self, text):
@@ -67,11 +67,10 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
 
     def unknown_characters(self, text):
         encoding = self.backend.encode(text, add_special_tokens=False)
-        places = [
-            place
-            for i, place in zip(encoding.ids, encoding.offsets, strict=True)
-            if i == self.unknown_id
-        ]
+        places = []
+        for i, place in zip(encoding.ids, encoding.offsets, strict=True):
+            if i == self.unknown_id:
+                places.append(place)
         return list(dict.fromkeys(text[start:end] for start, end in places))
 
     def to_dict(self):
@@ -84,7 +83,11 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
 
 
 def tokenizer_files(tokenizer, config):
-    """tokenizer.json and tokenizer_config.json of any of our tokenizers, as dicts by file name."""
+    """The files tokenizer.json and tokenizer_config.json of one of our tokenizers.
+
+    Gives their contents, dicts, by file name. Raises ValueError if the model of `config` has fewer
+    ids than the tokenizer, or if the kind of tokenizer cannot be written.
+    """
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids but vocab_size={config.vocab_size}: "
@@ -95,11 +98,15 @@ def tokenizer_files(tokenizer, config):
     special = tokenizer.special_tokens
     roles = {"unk_token": bpe.UNKNOWN, "pad_token": bpe.PAD, "eos_token": bpe.END_OF_TEXT}
     written = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
-    written |= {"clean_up_tokenization_spaces": False} | {
-        role: token for role, token in roles.items() if token in special
-    }
+    written["clean_up_tokenization_spaces"] = False
+    written |= {role: token for role, token in roles.items() if token in special}
     if hasattr(tokenizer, "to_huggingface"):
         return {TOKENIZER: tokenizer.to_huggingface(), TOKENIZER_CONFIG: written}
+    return {TOKENIZER: word_level_document(tokenizer), TOKENIZER_CONFIG: written}
+
+
+def word_level_document(tokenizer):
+    """The content of a tokenizer.json for a CharTokenizer or WordTokenizer, as a dict."""
     patterns = {
         bpe.CharTokenizer: r"[\s\S]",
         bpe.WordTokenizer: r" ?[\p{L}\p{N}_]+| ?[^\p{L}\p{N}_\s]|\s",
@@ -118,7 +125,9 @@ def tokenizer_files(tokenizer, config):
     }
     document = {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": token, **flags} for token, i in special.items()],
+        "added_tokens": [
+            {"id": i, "content": token, **flags} for token, i in tokenizer.special_tokens.items()
+        ],
         "pre_tokenizer": {
             "type": "Split",
             "pattern": {"Regex": patterns[type(tokenizer)]},
@@ -132,5 +141,4 @@ def tokenizer_files(tokenizer, config):
             "unk_token": bpe.UNKNOWN,
         },
     }
-    document |= dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    return {TOKENIZER: document, TOKENIZER_CONFIG: written}
+    return document | dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))

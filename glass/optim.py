@@ -1,4 +1,4 @@
-"""What turns gradients into updates: Muon, AdamW, which weights each gets, and the learning rate."""
+"""Optimizers: Muon, AdamW, which weights each of them updates, and the learning rate of a step."""
 
 import math
 
@@ -6,9 +6,10 @@ import torch
 
 
 def lr_multiplier(step, settings):
-    """What the largest learning rates are multiplied by in update `step` (from 0), in (0, 1].
+    """What multiplies the largest learning rates in update `step` (from 0): a number in (0, 1].
 
-    A linear warm-up, then the decay to min_lr / learning_rate. A function of the step alone.
+    It rises linearly in the warm-up, then decays to min_lr / learning_rate. It depends on the step
+    alone.
     """
     s = settings
     if not s.decay_lr:
@@ -24,12 +25,12 @@ def lr_multiplier(step, settings):
 
 
 def orthogonalise(matrices):
-    """The nearest semi-orthogonal matrix to each of a batch (n, rows, columns), approximately.
+    """An approximation of the nearest semi-orthogonal matrix to each of a batch (n, rows, columns).
 
-    Singular values become 0.7 to 1.2. Five steps of a quintic Newton-Schulz iteration in bfloat16,
-    x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x, with the sums fused into the products (23
-    ms instead of 47 on two cores, for 16 matrices of 256 x 256). Source: Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon.
+    Same shape as the batch, bfloat16. The singular values lie between 0.7 and 1.2. Does five steps
+    of a quintic Newton-Schulz iteration, x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x. The
+    sums are fused into the products: 23 ms instead of 47 on two cores, for 16 matrices of 256 x
+    256. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
     x = matrices.bfloat16()
     is_tall = x.shape[1] > x.shape[2]
@@ -43,11 +44,11 @@ def orthogonalise(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalised: for the matrices of the blocks.
+    """Nesterov momentum with an orthogonalised update, for the matrices of the blocks.
 
     Matrices of one shape are updated as one batch. An update is scaled by sqrt(max(1, rows /
-    columns)), so that lr means the same for every shape. Weight decay is decoupled.
-    Source: as `orthogonalise`.
+    columns)), so that lr means the same for every shape. Weight decay is decoupled. Source: see
+    `orthogonalise`.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -55,6 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
@@ -65,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(matrices, group)
 
     def update(self, matrices, group):
-        """Update matrices of one shape."""
+        """Update a list of matrices that all have one shape."""
         grads = [p.grad for p in matrices]
         momenta = [self.state[p]["momentum"] for p in matrices]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
@@ -78,9 +80,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, settings):
-    """[AdamW], or with optimizer='muon' [AdamW, Muon], Muon for the matrices of the blocks.
+    """A list of optimizers: [AdamW], or [AdamW, Muon] with optimizer='muon'.
 
-    AdamW decays matrices and embeddings only. Parameters that need no gradient are left out.
+    Muon updates the matrices of the blocks. AdamW decays matrices and embeddings only. Parameters
+    that need no gradient are left out.
     """
     s = settings
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -103,7 +106,7 @@ def make_optimizers(model, settings):
 
 
 def param_groups(optimizers):
-    """The parameter groups of all optimizers, in order."""
+    """The parameter groups of all optimizers, in order, as a list."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
@@ -115,11 +118,13 @@ def set_learning_rates(optimizers, step, settings):
 
 
 def load_moments(optimizers, saved):
-    """Load the moments of saved state dicts; rates, betas and decays stay those of this run's
-    settings.
+    """Load the moments of saved state dicts.
+
+    Learning rates, betas and weight decays stay as the settings of this run have them.
     """
     for optimizer, state in zip(optimizers, saved, strict=True):
         options = [{**group} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, of_this_run in zip(optimizer.param_groups, options, strict=True):
-            group.update({name: value for name, value in of_this_run.items() if name != "params"})
+            del of_this_run["params"]
+            group.update(of_this_run)

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: lines or a bar, metrics.jsonl, loss.png, texts, W&B."""
+"""What a person sees of a run in training: lines or a bar, metrics.jsonl, loss.png, texts, W&B."""
 
 import contextlib
 import datetime
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from glass.device import peak_flops
 
-QUICK = "quick_"  # before the name of a figure that only a few windows of the validation split gave
+QUICK = "quick_"  # begins the name of a figure that comes from a few validation windows only
 
 
 class Progress:
-    """Shows and records a run, in its main process; in the others it does nothing."""
+    """Shows and records a run. Only the main process does; the others do nothing."""
 
     def __init__(self, run):
         s, model = run.settings, run.model
@@ -35,12 +35,14 @@ class Progress:
             self.file = self.open_metrics(run.folder / "metrics.jsonl")
             self.wandb = start_wandb(s) if s.wandb_log else None
             hidden = not sys.stderr.isatty()
-            self.bar = tqdm(
-                total=s.max_iters, initial=run.step, unit="step", disable=hidden, dynamic_ncols=True
-            )
+            bar = dict(total=s.max_iters, initial=run.step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(disable=hidden, **bar)
 
     def open_metrics(self, path):
-        """The file of metrics, without what an earlier life of the run wrote after its checkpoint."""
+        """The file of metrics, open to append.
+
+        A run that was cut off may have written lines after its last checkpoint; these are removed.
+        """
         if path.exists():
             run = self.run
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -50,32 +52,34 @@ class Progress:
                 is_kept = line["step"] == run.step and not comes_again
                 if line["step"] < run.step or is_kept:
                     self.lines.append(line)
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        path.write_text(text, encoding="utf-8")
         return open(path, "a", buffering=1, encoding="utf-8")
 
     def seconds(self):
-        """Seconds since the training began."""
+        """Seconds since training began in this process."""
         return time.perf_counter() - self.started_at
 
     @contextlib.contextmanager
     def paused(self):
-        """Time in which no step is made: saving, evaluating, sampling."""
+        """A context for time in which no step is made: saving, evaluating, sampling."""
         paused_at = self.seconds()
         yield
         self.paused_s += self.seconds() - paused_at
 
     def write(self, **values):
+        """Append a line of values to metrics.jsonl and send it to W&B."""
         self.lines.append(values)
         self.file.write(json.dumps(values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
     def add(self, loss):
-        """Count the loss of a micro-step."""
+        """Add the loss of a micro-step to the sum for the next line."""
         self.loss_sum += loss
 
     def updated(self, step, grad_norm):
-        """`step` updates are done: write a line of the log where one is due."""
+        """Write a line of the log if one is due after `step` updates."""
         s, processes = self.run.settings, self.run.processes
         if step % s.log_interval and step != s.max_iters:
             return
@@ -85,16 +89,14 @@ class Progress:
             self.log(step, total / (step - self.logged_step), grad_norm)
 
     def log(self, step, mean_loss, grad_norm):
-        """A line of the log. mean_loss is over the steps since the last line."""
+        """Write a line of the log. mean_loss is the mean over the steps since the last line."""
         s, now = self.run.settings, self.seconds() - self.paused_s
         seconds_per_step = (now - self.logged_at) / (step - self.logged_step)
         self.bar.update(step - self.logged_step)
         self.logged_at, self.logged_step = now, step
         self.train_losses.append(mean_loss)
-        rate, flops = (
-            self.tokens_per_step / seconds_per_step,
-            self.flops_per_step / seconds_per_step,
-        )
+        rate = self.tokens_per_step / seconds_per_step
+        flops = self.flops_per_step / seconds_per_step
         speed = {
             "step_ms": round(1e3 * seconds_per_step, 3),
             "tokens_per_s": round(rate),
@@ -103,7 +105,8 @@ class Progress:
         if self.peak_flops:
             speed["mfu"] = round(flops / self.peak_flops, 4)
         figures = self.run.task.take_figures()
-        lr, tokens = self.run.optimizers[0].param_groups[0]["lr"], step * self.tokens_per_step
+        lr = self.run.optimizers[0].param_groups[0]["lr"]
+        tokens = step * self.tokens_per_step
         self.write(
             step=step, tokens=tokens, loss=mean_loss, **figures, lr=lr, grad_norm=grad_norm, **speed
         )
@@ -116,7 +119,10 @@ class Progress:
             self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
 
     def evaluated(self, figures):
-        """Report an evaluation, redraw loss.png and show a sample of text."""
+        """Report an evaluation, redraw loss.png and show a sample of text.
+
+        figures: the results by name.
+        """
         if not self.is_main:
             return
         run, step = self.run, self.run.step
@@ -136,7 +142,7 @@ class Progress:
         draw_losses(self.lines, run.folder / "loss.png")
 
     def glanced(self, figures, few):
-        """Report a look at a few rows of the validation split, for the curve alone."""
+        """Report an evaluation of only `few` validation rows, for the curve."""
         if not self.is_main:
             return
         step = self.run.step
@@ -145,26 +151,25 @@ class Progress:
         self.write(step=step, tokens=step * self.tokens_per_step, **quick)
 
     def close(self, stop):
-        """Last words: how to go on from here. stop: the number of the signal that ended the run, or
-        0.
+        """Say how to go on from here.
+
+        stop: the number of the signal that ended the run, or 0.
         """
         if not self.is_main:
             return
         self.bar.close()
         run, script = self.run, self.run.task.script
         if stop:
-            say(
-                f"stopped by {signal.Signals(stop).name} after step {run.step}; {run.last_checkpoint()}"
-            )
+            name = signal.Signals(stop).name
+            say(f"stopped by {name} after step {run.step}; {run.last_checkpoint()}")
         if run.step < run.settings.max_iters and run.saved_step is not None:
             say(f"to go on: python {script} --init_from=resume --out_dir={run.folder}")
-        say(
-            f"{self.seconds():.1f} s of training in all; for text: python sample.py --out_dir={run.folder}"
-        )
+        seconds = f"{self.seconds():.1f} s of training in all"
+        say(f"{seconds}; for text: python sample.py --out_dir={run.folder}")
 
 
 def described(figures):
-    """Figures by name in words: `val loss 1.2345, val bits per byte 1.8000`."""
+    """Figures by name, in words: `val loss 1.2345, val bits per byte 1.8000`."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
 
 
@@ -175,7 +180,7 @@ def say(text):
 
 
 def open_figure(**options):
-    """(pyplot, figure, axes), drawn without a screen."""
+    """(pyplot, figure, axes), for drawing without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -185,8 +190,10 @@ def open_figure(**options):
 
 
 def draw_losses(lines, path):
-    """loss.png: training and validation loss by tokens or, where a run has them, accuracy or reward
-    by step.
+    """Draw loss.png: the training and validation loss by tokens.
+
+    If the run has an accuracy or a reward, it draws that instead, by step. lines: the run's
+    metrics, a list of dicts.
     """
     name, x, title = "loss", "tokens", "loss (nats per token)"
     for other in ("accuracy", "reward"):
@@ -211,7 +218,10 @@ def draw_losses(lines, path):
 
 
 def draw_confusion(confusion, labels, path):
-    """A picture of how often each true class (row) was predicted as each class (column)."""
+    """Draw how often each true class (row) was predicted as each class (column).
+
+    confusion: a list of rows of counts.
+    """
     size = 2.5 + 0.6 * len(labels)
     pyplot, figure, axes = open_figure(figsize=(size + 0.5, size))
     axes.imshow(confusion, cmap="Blues")
@@ -229,7 +239,7 @@ def draw_confusion(confusion, labels, path):
 
 
 def import_wandb():
-    """The package wandb. Raises ValueError where it is not installed."""
+    """The package wandb. Raises ValueError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -240,8 +250,8 @@ def import_wandb():
 
 
 def start_wandb(settings):
+    """The package wandb, with a W&B run begun."""
     wandb = import_wandb()
-    wandb.init(
-        project=settings.wandb_project, name=settings.wandb_run_name, config=asdict(settings)
-    )
+    names = dict(project=settings.wandb_project, name=settings.wandb_run_name)
+    wandb.init(config=asdict(settings), **names)
     return wandb

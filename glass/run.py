@@ -22,6 +22,7 @@ import torch
 
 from glass import checkpoint
 from glass.device import choose_dtype
+from glass.files import lock
 from glass.optim import load_moments, make_optimizers
 from glass.progress import say
 from glass.settings import defaults_of, with_role
@@ -97,10 +98,10 @@ def claim_folder(settings, resumes):
             f"{wanted} holds a run already, so this one goes to {folder} (--overwrite=True reuses it)"
         )
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = checkpoint.lock(folder)
+    held = lock(folder, f"out_dir={folder}")
     if settings.overwrite and not resumes:
         checkpoint.remove_run(folder)
-    return replace(settings, out_dir=folder), lock
+    return replace(settings, out_dir=folder), held
 
 
 def holds_run(folder):

@@ -1,13 +1,14 @@
 """Settings of a script: defaults from its dataclass, then config files, then --key=value.
 
-A field of the dataclass is the only home of a setting: its name, type, default and role, and behind
-it, as a comment, its unit and meaning. `--help` prints exactly that. A config file is plain Python
-assignments; it runs in a namespace of its own, and its names that start with `_`, its modules,
-functions and classes are not settings.
+A field of the dataclass is the only home of a setting. It gives the name, type, default and role;
+the comment behind it gives the unit and meaning. `--help` prints exactly that. A config file is
+plain Python assignments, run in a namespace of its own. Names that start with `_`, modules,
+functions and classes in it are not settings.
 
-    settings = configure(Settings, sys.argv[1:])       # all sources merged, then built once
-    arguments = read_arguments(Settings, sys.argv[1:])  # the same in two steps: what was given ...
-    settings = Settings(**saved | arguments.given)      # ... laid over something else than the defaults
+    settings = configure(Settings, sys.argv[1:])        # all sources merged, then built once
+
+    arguments = read_arguments(Settings, sys.argv[1:])  # or in two steps: only what was given,
+    settings = Settings(**saved | arguments.given)      # laid over something else than defaults
 """
 
 import ast
@@ -30,13 +31,13 @@ HOME = Path(__file__).resolve().parent.parent  # of the scripts, config/ and gla
 class Arguments:
     """What a command line says."""
 
-    given: dict  # the settings that its config files and options give, checked, later ones winning
+    given: dict  # checked settings from config files and options; later ones win
     config_files: list[str]
     names: list[str]  # the other words without dashes
 
 
 def configure(Settings, argv):
-    """Settings, built once: defaults, then the config files in argv, then its --key=value."""
+    """A Settings, built once: from defaults, then the config files in argv, then its --key=value."""
     return Settings(**read_arguments(Settings, argv).given)
 
 
@@ -44,8 +45,8 @@ def read_arguments(Settings, argv, positional=None):
     """The Arguments of argv: config files, --key=value, --key value, and --flag for a bool.
 
     A field whose type is a list takes every word up to the next option. `positional` says in --help
-    what a word without dashes means; without it such a word must be a config file. Raises
-    ValueError for an unknown name, a wrong type or a missing file; prints and exits for --help.
+    what a word without dashes means; without it, such a word must be a config file. Raises
+    ValueError for an unknown name, a wrong type or a missing file. For --help, prints it and exits.
     """
     types_of = typing.get_type_hints(Settings)
     arguments, words = Arguments({}, [], []), list(argv)
@@ -59,7 +60,8 @@ def read_arguments(Settings, argv, positional=None):
             name = current_name(Settings, name, "setting")
             value = text if equals else take_value(word, types_of[name], words)
             if is_list(types_of[name]):
-                value = ([text] if equals else []) + take_list(words)
+                value = [text] if equals else []
+                value += take_list(words)
                 arguments.given[name] = value
             else:
                 parsed = parse(value, types_of[name])
@@ -73,7 +75,10 @@ def read_arguments(Settings, argv, positional=None):
 
 
 def take_value(option, hint, words):
-    """The value that follows `--name` as a word of its own, taken off `words`; a bare flag is True."""
+    """The value of `--name VALUE`, taken off `words`; "True" for a bare flag.
+
+    "" for a list, whose words `take_list` takes. Raises ValueError if no value follows.
+    """
     if is_list(hint):
         return ""
     is_flag = bool in choices_of(hint)
@@ -86,7 +91,7 @@ def take_value(option, hint, words):
 
 
 def take_list(words):
-    """The words up to the next option, taken off `words`."""
+    """The words up to the next option, as a list, taken off `words`."""
     taken = []
     while words and not words[0].startswith("--"):
         taken.append(words.pop(0))
@@ -94,17 +99,21 @@ def take_list(words):
 
 
 def read_config_file(Settings, path):
-    """The settings that a config file assigns, checked against the types of the fields."""
+    """The settings that a config file assigns, as a dict, checked against the types of the fields.
+
+    Raises ValueError if the file does not exist or does not run.
+    """
     if not Path(path).is_file():
         known = sorted(f"config/{file.name}" for file in (HOME / "config").glob("*.py"))
-        near = difflib.get_close_matches(path, known, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"there are {' '.join(known)}"
-        raise ValueError(f"config file {path} does not exist: {advice}")
+        if near := difflib.get_close_matches(path, known, n=1):
+            raise ValueError(f"config file {path} does not exist: did you mean {near[0]}?")
+        raise ValueError(f"config file {path} does not exist: choose one of {' '.join(known)}")
     try:
         namespace = runpy.run_path(str(path))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"config file {path} does not run ({reason}): correct it") from error
+        raise ValueError(
+            f"config file {path} does not run ({type(error).__name__}: {error}): correct it"
+        ) from error
     types_of, given = typing.get_type_hints(Settings), {}
     for name, value in namespace.items():
         if name.startswith("_") or isinstance(value, types.ModuleType | types.FunctionType | type):
@@ -115,43 +124,49 @@ def read_config_file(Settings, path):
 
 
 def current_name(Settings, name, what):
-    """The name of a setting, given that or an earlier one. Raises ValueError for an unknown name."""
+    """The current name of a setting, given that name or an earlier one.
+
+    what: how an error calls it. Raises ValueError for an unknown name.
+    """
     name = getattr(Settings, "EARLIER_NAMES", {}).get(name, name)
     known = typing.get_type_hints(Settings)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        advice = f"did you mean --{near[0]}? " if near else ""
-        raise ValueError(f"unknown {what} {name!r}: {advice}--help lists every setting")
-    return name
+    if name in known:
+        return name
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        raise ValueError(
+            f"unknown {what} {name!r}: did you mean --{near[0]}? --help lists every setting"
+        )
+    raise ValueError(f"unknown {what} {name!r}: --help lists every setting")
 
 
 def defaults_of(Settings):
-    """Every setting with its default, nothing derived."""
-    missing = dataclasses.MISSING
-    return {
-        f.name: f.default if f.default_factory is missing else f.default_factory()
-        for f in dataclasses.fields(Settings)
-    }
+    """A dict of every setting with its default, nothing derived."""
+    defaults = {}
+    for field in dataclasses.fields(Settings):
+        has_factory = field.default_factory is not dataclasses.MISSING
+        defaults[field.name] = field.default_factory() if has_factory else field.default
+    return defaults
 
 
 def with_role(Settings, role):
-    """The names of the settings whose type is marked with a role: see Tunable and Free in model.py."""
+    """The set of settings whose type is marked with a role: see Tunable and Free in model.py."""
     hints = typing.get_type_hints(Settings, include_extras=True)
     return {name for name, hint in hints.items() if role in getattr(hint, "__metadata__", ())}
 
 
 def choices_of(hint):
-    """The alternatives of `int | None` as (int, NoneType), of `int` as (int,)."""
+    """The alternatives of a type: (int, NoneType) for `int | None`, (int,) for `int`."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if is_union else (hint,)
 
 
 def is_list(hint):
+    """Whether a setting of this type may be a list."""
     return any(typing.get_origin(choice) is list for choice in choices_of(hint))
 
 
 def type_name(hint):
-    """How --help and errors write a type: `int or None`, `layernorm | rmsnorm`."""
+    """A type as --help and errors write it: `int or None`, `layernorm | rmsnorm`."""
     names = []
     for choice in choices_of(hint):
         if typing.get_origin(choice) is typing.Literal:
@@ -164,9 +179,9 @@ def type_name(hint):
 
 
 def parse(text, hint):
-    """What a word of the command line stands for.
+    """The value that a word of the command line stands for.
 
-    A Python literal where the field takes one of its type, else the word itself.
+    It is a Python literal if the field takes that type, and otherwise the word itself.
     """
     try:
         value = ast.literal_eval(text)
@@ -174,11 +189,16 @@ def parse(text, hint):
         return text
     choices = choices_of(hint)
     takes_text = str in choices or any(typing.get_origin(c) is typing.Literal for c in choices)
-    return value if type(value) in choices or not takes_text else text
+    if type(value) in choices or not takes_text:
+        return value
+    return text
 
 
 def check_type(name, value, hint):
-    """value as `hint` (an int becomes a float where one is wanted); ValueError for anything else."""
+    """value as the type `hint` wants it: an int becomes a float if a float is wanted.
+
+    Raises ValueError for a value of another type.
+    """
     for choice in choices_of(hint):
         if typing.get_origin(choice) is typing.Literal:
             if value in typing.get_args(choice):
@@ -193,7 +213,7 @@ def check_type(name, value, hint):
 def comments_of(Settings):
     """Two dicts by field name: the comment behind the field, and the comment line above it, if any.
 
-    Read from the source of the dataclass and of those that it extends.
+    They are read from the source of the dataclass and of those that it extends.
     """
     comments, headings = {}, {}
     for cls in reversed(Settings.__mro__):
@@ -212,6 +232,7 @@ def comments_of(Settings):
 
 
 def print_help(Settings, positional):
+    """Print how the script is called, and every setting with default, type and meaning."""
     comments, headings = comments_of(Settings)
     words = [Path(sys.argv[0]).name, positional, "[config/FILE.py ...] [--key=value ...]\n"]
     print("python", *filter(None, words))
@@ -219,26 +240,26 @@ def print_help(Settings, positional):
     for name, default in defaults_of(Settings).items():
         if headings.get(name):
             print(f"\n{headings[name]}")
-        shown = repr(default) if isinstance(default, str) and not default.isprintable() else default
+        shown = default
+        if isinstance(default, str) and not default.isprintable():
+            shown = repr(default)
         print(f"  --{name}={shown}  ({type_name(types_of[name])})  {comments.get(name, '')}")
 
 
 @contextlib.contextmanager
 def errors_in_one_line():
-    """What our own files raise about their input is printed as one line, with exit status 2.
+    """A context that prints an error about a user's input as one line and exits with status 2.
 
-    A ValueError raised elsewhere, in torch say, is a bug and keeps its traceback; so does
-    everything that is no ValueError, OSError or ImportError.
+    An error is about the input if our own files raised it. A ValueError raised elsewhere, say in
+    torch, is a bug and keeps its traceback. So does anything but ValueError, OSError and
+    ImportError.
     """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
-        if not isinstance(error, OSError) and raised_in not in (
-            HOME,
-            HOME / "glass",
-            HOME / "bench",
-        ):
+        ours = (HOME, HOME / "glass", HOME / "bench")
+        if not isinstance(error, OSError) and raised_in not in ours:
             raise
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from None

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 
 import bpe
+from glass.files import sha256_of
 
 DATA = Path("data")
 META = "meta.json"
+MAKING = "making"  # a folder inside a dataset's, of files that are not finished
 GPT2_VOCAB_SIZE = 50_257
 LLMC_MAGIC, LLMC_HEADER = (
     20240520,
@@ -29,21 +31,6 @@ LLMC_MAGIC, LLMC_HEADER = (
 def folder_of(name):
     """Where a dataset lies; a name with a slash is a folder itself."""
     return Path(name) if "/" in str(name) else DATA / name
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path, content):
-    """Replace a file at once: whatever happens, it is the old or the new one, whole."""
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 # Writing.
@@ -169,7 +156,7 @@ def open_foreign(name, folder):
             f"{folder}/meta.pkl can run code and is not read: "
             f"remove it and run python prepare.py {name}"
         )
-    if (folder / "progress.json").is_file() or not (is_llmc or is_nanogpt):
+    if (folder / MAKING).is_dir() or not (is_llmc or is_nanogpt):
         raise FileNotFoundError(
             f"dataset {name} is not prepared in {folder}: run python prepare.py {name}, "
             "with --input FILE if it is your own text"

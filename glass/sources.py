@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from glass.shards import sha256_of
+from glass.files import sha256_of
 
 BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
 HUGGING_FACE = "https://huggingface.co/datasets"

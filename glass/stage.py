@@ -1,7 +1,6 @@
-"""What the stages of finetune.py share: their examples, the steps these are dealt out in, and two
-baselines.
+"""What the stages of finetune.py share: their examples, the order of these, and two baselines.
 
-A stage is a task as listed in glass/run.py. Its examples are made from the rows of supervised data.
+A stage is a task as glass/run.py describes it. Its examples are made from rows of supervised data.
 """
 
 import runpy
@@ -19,10 +18,10 @@ from glass.records import StepOrder, spread
 
 
 class Stage:
-    """A task on examples of three splits; finetune.py's four stages extend it.
+    """A task on examples of three splits. The four stages of finetune.py extend it.
 
-    Its `loss` gets the examples of a micro-step and those of the whole step, and divides by what
-    the whole step holds, so that micro-steps add up.
+    `loss` gets the examples of a micro-step and those of the whole step. It divides by what the
+    whole step holds, so the losses of the micro-steps add up to that of the step.
     """
 
     script = "finetune.py"
@@ -34,14 +33,14 @@ class Stage:
         self.template = template_for(tokenizer) if s.template == "auto" else s.template
         self.stop = stop_ids(tokenizer)
         self.longest = min(s.block_size, model.config.block_size)  # tokens of an example
-        self.test_before = {}  # the test's figures before training
+        self.test_before = {}  # figures of the test split before training
         self.noted = []  # figures of the steps since the last line of the log
         self.examples = {split: self.encode(rows, split) for split, rows in records.splits.items()}
         for split in ("train", "val"):
             if not self.examples[split]:
                 raise ValueError(
-                    f"no {split} row is left: raise block_size={s.block_size}, lower answer_tokens, "
-                    "or add rows"
+                    f"no {split} row is left with block_size={s.block_size}: "
+                    "raise it, lower answer_tokens, or add rows"
                 )
         lengths = [self.length(example) for example in self.examples["train"]]
         self.rows_per_step = s.batch_size * s.gradient_accumulation_steps
@@ -49,64 +48,70 @@ class Stage:
         self.tokens_per_step = int(self.rows_per_step * np.mean(lengths))
 
     def begin(self, model):
-        pass
+        """Prepare for training from `model`; nothing by default."""
 
     def state(self):
+        """What a checkpoint keeps of the stage, as a dict."""
         return {"template": self.template, "test_before": self.test_before}
 
     def restore(self, model, saved):
+        """Take back what `state` gave."""
         self.test_before = saved.get("test_before", {})
 
     def note(self, **figures):
-        """Keep figures of a step for the log."""
+        """Keep the figures of a step for the next line of the log."""
         self.noted.append(figures)
 
     def take_figures(self):
-        """The means of what was noted since the last call."""
+        """The mean of each figure noted since the last call, as a dict by name."""
         noted, self.noted = self.noted, []
         names = noted[0] if noted else ()
         return {name: sum(figures[name] for figures in noted) / len(noted) for name in names}
 
     def length(self, example):
-        """Tokens of an example."""
+        """The number of tokens of an example."""
         return len(example.ids)
 
     def rows(self, first, count):
-        """The examples of a whole step, which begins at row `first`."""
+        """The examples of the whole step that begins at row `first`, as a list."""
         places = self.order.of_step(first // self.rows_per_step)
         return [self.examples["train"][i] for i in places]
 
     def batches(self, examples, batch_size=None):
-        """The examples in batches of similar length, for an evaluation."""
+        """The examples in batches of similar length, for an evaluation: a list of lists."""
         examples = sorted(examples, key=self.length)
         n = batch_size or 2 * self.settings.batch_size
         return [examples[i : i + n] for i in range(0, len(examples), n)]
 
     def val_examples(self, few):
-        """The validation examples, or a few of them, evenly spaced."""
-        return self.examples["val"] if few is None else spread(self.examples["val"], few)
+        """The validation examples, or `few` of them, evenly spaced."""
+        examples = self.examples["val"]
+        return examples if few is None else spread(examples, few)
 
     def say_left_out(self, n_rows, n_kept, split, why):
+        """Say how many rows of a split were left out, if any were, and why."""
         if n_kept < n_rows:
-            say(
-                f"{n_rows - n_kept} of {n_rows} {split} rows are left out: {why} block_size={self.longest}"
-            )
+            left_out = f"{n_rows - n_kept} of {n_rows} {split} rows are left out"
+            say(f"{left_out}: {why} block_size={self.longest}")
 
 
 class Answered(NamedTuple):
+    """A conversation as tokens, for training on its answers."""
+
     ids: list  # tokens of the conversation
-    is_answer: list  # which of them the assistant says: a bool each
-    row: dict  # what it was made from
+    is_answer: list  # one bool per token: whether the assistant says it
+    row: dict  # the row it was made from
 
 
 def answer_logprobs(model, examples):
-    """Log-probability of every answer token of Answered examples, given all tokens before it.
+    """(logprobs, is_scored) of Answered examples, (B, T - 1) each.
 
-    Gives (logprobs, is_scored), (B, T - 1) each; logprobs is 0 where nothing is scored. Only scored
-    positions are projected to the vocabulary.
+    logprobs holds the log-probability of every answer token, given all tokens before it, and 0
+    where nothing is scored. Only scored positions are projected to the vocabulary.
     """
     idx, _ = padded([example.ids for example in examples], model.device)  # (B, T)
-    is_scored = padded([example.is_answer for example in examples], model.device)[0][:, 1:].bool()
+    is_answer, _ = padded([example.is_answer for example in examples], model.device)  # (B, T)
+    is_scored = is_answer[:, 1:].bool()  # (B, T - 1)
     logits = model.head(model.hidden(idx[:, :-1])[is_scored]).float()  # (scored, V)
     logprobs = -F.cross_entropy(logits, idx[:, 1:][is_scored], reduction="none")  # (scored,)
     zeros = torch.zeros(is_scored.shape, device=logprobs.device)
@@ -114,22 +119,22 @@ def answer_logprobs(model, examples):
 
 
 def bag_of_tokens(train_examples, test_examples, vocab_size):
-    """Test accuracy of a logistic regression that sees which tokens occur in a text, not their
-    order.
+    """The test accuracy of a logistic regression on which tokens occur in a text, in any order.
+
+    An example is a pair of ids and label.
     """
 
     def occurrences(examples):
-        """1 where a token occurs in an example, in a sparse (examples, V + 1); the last column is a
-        bias.
-        """
-        places = [
-            (row, token) for row, (ids, _) in enumerate(examples) for token in {*ids, vocab_size}
-        ]
+        """Sparse (examples, V + 1): 1 where a token occurs in an example. The last column is a bias."""
+        places = []
+        for row, (ids, _) in enumerate(examples):
+            places += [(row, token) for token in {*ids, vocab_size}]
         indices, ones = torch.tensor(places).T, torch.ones(len(places))
         shape = (len(examples), vocab_size + 1)
         return torch.sparse_coo_tensor(indices, ones, shape, check_invariants=True).coalesce()
 
     def labels(examples):
+        """The labels of examples: (examples,) int64."""
         return torch.tensor([label for _, label in examples])
 
     seen, wanted = occurrences(train_examples), labels(train_examples)
@@ -137,6 +142,7 @@ def bag_of_tokens(train_examples, test_examples, vocab_size):
     solver = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
+        """The regularised loss, with its gradient in w."""
         solver.zero_grad()
         fit = F.cross_entropy(torch.sparse.mm(seen, w), wanted)
         total = fit + w.square().sum() / len(wanted)
@@ -149,18 +155,21 @@ def bag_of_tokens(train_examples, test_examples, vocab_size):
 
 
 def labels_of(records):
-    """The classes of the training rows, sorted."""
+    """The sorted list of classes of the training rows. Raises ValueError if there is only one."""
     labels = sorted({fields["label"] for _, fields in records.splits["train"]})
     if len(labels) < 2:
         raise ValueError(
-            f"the training rows have one class only, {labels[0]!r}: two are needed; "
+            f"the training rows have one class only, {labels[0]!r}, but need at least two: "
             "add rows of another"
         )
     return labels
 
 
 def read_reward(path):
-    """The function `reward` of a Python file, or None without one."""
+    """The function `reward` of a Python file, or None if path is None.
+
+    Raises ValueError if the file or the function does not exist.
+    """
     if path is None:
         return None
     if not Path(path).is_file():

@@ -1,0 +1,51 @@
+"""Files that are whole or not there: locks, replacing at once, checksums, flushed folders."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import filelock
+
+
+def lock(folder, name=None):
+    """A lock on the folder, held until its release() or the end of the process.
+
+    Raises ValueError if another process holds it; `name` is how the error calls the folder.
+    """
+    held = filelock.FileLock(Path(folder) / "lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"{name or folder} is in use by a run that is still going: "
+            "name another, or stop that run"
+        ) from error
+    return held
+
+
+def write_json(path, content):
+    """Replace a file at once: whatever happens, it is the old or the new one, whole."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder):
+    """Flush the folder's own entries, so that a rename survives a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders; its file system keeps a journal of renames
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
