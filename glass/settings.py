@@ -37,7 +37,7 @@ class Arguments:
 
 
 def configure(Settings, argv):
-    """A Settings, built once: from defaults, then the config files in argv, then its --key=value."""
+    """The Settings of a command line: defaults, then its config files, then its --key=value."""
     return Settings(**read_arguments(Settings, argv).given)
 
 

@@ -48,7 +48,7 @@ class Stage:
         self.tokens_per_step = int(self.rows_per_step * np.mean(lengths))
 
     def begin(self, model):
-        """Prepare for training from `model`; nothing by default."""
+        """Remember what the stage needs of the model at the start of training: by default, nothing."""
 
     def state(self):
         """What a checkpoint keeps of the stage, as a dict."""
@@ -125,7 +125,7 @@ def bag_of_tokens(train_examples, test_examples, vocab_size):
     """
 
     def occurrences(examples):
-        """Sparse (examples, V + 1): 1 where a token occurs in an example. The last column is a bias."""
+        """Sparse (examples, V + 1): 1 where a token occurs in an example; the last column is bias."""
         places = []
         for row, (ids, _) in enumerate(examples):
             places += [(row, token) for token in {*ids, vocab_size}]

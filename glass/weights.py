@@ -1,14 +1,13 @@
-"""Published weights in and out: Hugging Face folders of the GPT-2 and Llama kinds, with their
-tokenizers.
+"""Published weights, in and out: Hugging Face folders of GPT-2's and Llama's kinds, and tokenizers.
 
     model = GPT.from_pretrained("llama3.2-1b")           # a preset, a name on the hub, or a folder
     tokenizer = load_tokenizer("llama3.2-1b")
     model.save_pretrained("out/export", tokenizer)       # a folder that transformers loads
 
 A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json
-names. GPT-2's kind is GPT2LMHeadModel, Llama's LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama ...).
-Anything else is refused by name: a model that loads is the published model. The tables on top are
-the only home of Hugging Face's names.
+names. GPT-2's kind is GPT2LMHeadModel; Llama's is LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama
+...). Anything else is refused by name, so a model that loads computes what the published one does.
+Hugging Face's names occur only in the tables on top.
 """
 
 import difflib
@@ -57,18 +56,17 @@ DOWNLOADED = [
 
 @dataclass
 class Layout:
-    """How Hugging Face writes one architecture. In names of modules, * is the number of the block."""
+    """How Hugging Face writes one architecture. In a module's name, * is the number of the block."""
 
     architecture: str
     model_type: str
     prefix: str  # of every tensor but the head's; files of the bare model lack it
-    modules: dict  # their module: ours; where several of ours are named, theirs holds them as one
-    settings: (
-        dict  # their key: (our setting, its value where config.json has none, or ... if required)
-    )
-    supported: (
-        dict  # their key: the values that we compute, the default first; None: no such key, or null
-    )
+    modules: dict  # their module: ours; if it names several of ours, theirs joins them
+    # their key: (our setting, its value if config.json has none); ... means that the key is
+    # required
+    settings: dict
+    # their key: the values that we compute, the default first; None means no such key, or null
+    supported: dict
     transposed: tuple = ()  # modules whose weight is stored (in, out)
     ignored: str = r"$^"  # tensors that hold no weights
 
@@ -150,16 +148,16 @@ LLAMA = Layout(
     ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",
 )
 LAYOUTS = (GPT2, LLAMA)
-BY_TYPE = {
-    layout.model_type: layout.architecture for layout in LAYOUTS
-}  # if config.json names no architecture
+# the architecture of a config.json that names none
+BY_TYPE = {layout.model_type: layout.architecture for layout in LAYOUTS}
 LLAMA3_SCALING = (
     "factor",
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
 )
-# settings that say what the weights mean: a loaded model keeps them
+# The weights mean something else under other values of these settings, so a loaded model keeps
+# them.
 ARCHITECTURE = set(
     "vocab_size n_layer n_head n_kv_head n_embd head_dim n_inner bias qkv_bias o_bias".split()
 )
@@ -169,9 +167,9 @@ ARCHITECTURE |= set("norm mlp pos qk_norm tie_weights smear embed_skip".split())
 def load_model(name_or_folder, which="best", dtype=None):
     """(model, tokenizer, checkpoint state) of a run's folder or of published weights.
 
-    A run's model is float32, with LoRA merged; which: its 'best' or its 'last' checkpoint, the last
-    where there is no best one. The state is None for published weights, whose dtype is chosen as in
-    `load_pretrained`.
+    For a run, the model is float32 with LoRA merged. which: its 'best' or 'last' checkpoint; the
+    last if there is no best one. For published weights, the state is None and the dtype is chosen
+    as in `load_pretrained`.
     """
     if checkpoint.saved_steps(name_or_folder):
         return load_run(name_or_folder, which)
@@ -180,7 +178,7 @@ def load_model(name_or_folder, which="best", dtype=None):
 
 
 def load_run(folder, which="best"):
-    """(model, tokenizer, checkpoint state) of a run's folder: see `load_model`."""
+    """(model, tokenizer, checkpoint state) of a run's folder; see `load_model`."""
     has_best = (Path(folder) / "best.pt").exists()
     state = checkpoint.load(folder, which if has_best else "last")
     model = GPT(GPTConfig(**state["model_config"]))
@@ -190,10 +188,10 @@ def load_run(folder, which="best"):
 
 
 def find_folder(name_or_folder):
-    """The local folder of a published model: the one given, or that of a preset or hub name,
-    downloaded once.
+    """The local folder of a published model.
 
-    Raises ValueError for a name that is neither, OSError where it cannot be fetched.
+    It is the folder given, or the download of a preset or hub name, made once. Raises ValueError
+    for a name that is neither, and OSError if the download fails.
     """
     name = str(name_or_folder)
     if Path(name).is_dir():
@@ -201,30 +199,33 @@ def find_folder(name_or_folder):
     if name not in HUB and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         nearest = difflib.get_close_matches(name.lower(), HUB, n=1, cutoff=0)[0]
         raise ValueError(
-            f"{name!r} is no folder, no preset and no owner/name on the hub: did you mean {nearest}? "
-            f"Presets: {' '.join(HUB)}"
+            f"{name!r} is no folder, no preset and no owner/name on the hub: "
+            f"did you mean {nearest}? Presets: {' '.join(HUB)}"
         )
     hub_name = HUB.get(name, name)
     try:
         import huggingface_hub
     except ImportError as error:
         raise OSError(
-            f"{name!r} is no folder here, and the hub needs a package: pip install huggingface_hub, "
+            f"{name!r} is no folder here, and the hub needs the package huggingface_hub: "
+            "pip install huggingface_hub, "
             f"or download {hub_name} elsewhere and give the folder"
         ) from error
     try:
         return Path(huggingface_hub.snapshot_download(hub_name, allow_patterns=DOWNLOADED))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{name!r} is no folder here and could not be downloaded ({reason}): check name and network, "
+            f"{name!r} is no folder here and cannot be downloaded ({first_line}): "
+            "check the name and the network, "
             f"or download {hub_name} elsewhere and give the folder"
         ) from error
 
 
 def read_json(path, default=None):
-    """What a JSON file holds; `default` where there is no such file. Raises ValueError where it is
-    not JSON.
+    """The content of a JSON file, or `default` if there is no such file.
+
+    Raises ValueError if the file is not JSON.
     """
     if not path.is_file():
         return default
@@ -235,33 +236,40 @@ def read_json(path, default=None):
 
 
 def layout_of(path, found):
-    """The Layout of a config.json. Raises ValueError for an architecture that we do not compute."""
+    """The Layout for the content of a config.json, `found`.
+
+    Raises ValueError for an architecture that we do not compute.
+    """
     architectures = found.get("architectures") or []
     names = architectures or [BY_TYPE.get(found.get("model_type"))]
     for layout in LAYOUTS:
         if layout.architecture in names:
             return layout
     raise ValueError(
-        f"{path} says architectures={architectures} model_type={found.get('model_type')!r}, but needed is "
-        f"{' or '.join(layout.architecture for layout in LAYOUTS)}: choose such a model"
+        f"{path} says architectures={architectures} model_type={found.get('model_type')!r}, "
+        f"but only {' and '.join(layout.architecture for layout in LAYOUTS)} can be computed: "
+        "choose such a model"
     )
 
 
 def read_config(folder):
-    """The Layout of a folder and the GPTConfig of its config.json. Raises ValueError for what we do
-    not compute.
+    """(layout, config): the Layout of a folder, and the GPTConfig of its config.json.
+
+    Raises ValueError for a model that we do not compute.
     """
     path = folder / CONFIG
     found = read_json(path)
     if found is None:
         raise ValueError(
-            f"{folder} has no {CONFIG}: give a folder of a published model, as Hugging Face stores it"
+            f"{folder} has no {CONFIG}: "
+            "give the folder of a published model, as Hugging Face stores it"
         )
     layout = layout_of(path, found)
     for key, values in layout.supported.items():
         if found.get(key, values[0]) not in values:
             raise ValueError(
-                f"{path} says {key}={found[key]!r} but only {values} can be computed: choose another model"
+                f"{path} says {key}={found[key]!r} but only {values} can be computed: "
+                "choose another model"
             )
     required = [key for key, (_, default) in layout.settings.items() if default is ...]
     if missing := [key for key in required if found.get(key) is None]:
@@ -278,27 +286,32 @@ def read_config(folder):
 
 
 def read_rope(path, found):
-    """rope_theta and rope_scaling, from the new key rope_parameters or from the older two."""
+    """(rope_theta, rope_scaling), from the new key rope_parameters or from the two older keys.
+
+    Raises ValueError for a kind of scaling that we do not compute.
+    """
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(
-            f"{path} says rope_type={rope_type!r} in {rope} but only 'default' and 'llama3', over whole "
-            "heads, can be computed: choose another model"
+            f"{path} says rope_type={rope_type!r} in {rope}, "
+            "but only 'default' and 'llama3', over whole heads, can be computed: "
+            "choose another model"
         )
     theta = float(rope.get("rope_theta") or found.get("rope_theta") or 10000.0)
     if rope_type == "default":
         return theta, None
     if missing := [key for key in LLAMA3_SCALING if key not in rope]:
         raise ValueError(
-            f"{path} lacks {' '.join(missing)} of rope_type='llama3': download it again"
+            f"{path} lacks {' '.join(missing)}, which rope_type='llama3' needs: download it again"
         )
     return theta, {key: rope[key] for key in LLAMA3_SCALING}
 
 
 def tensor_files(folder):
-    """The file that holds each tensor, by the tensor's name. Raises ValueError where one is missing
-    or not whole.
+    """A dict from the name of each tensor to the file that holds it.
+
+    Raises ValueError if a file is missing or not whole.
     """
     index = read_json(folder / INDEX)
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
@@ -308,8 +321,8 @@ def tensor_files(folder):
         paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
     elif pickles:
         raise ValueError(
-            f"{folder} holds its weights as {min(pickles)}, a pickle, which can run any code when it is "
-            f"read: get {SINGLE}, or convert it with safetensors"
+            f"{folder} holds its weights as {min(pickles)}, a pickle, which can run any code when "
+            f"it is read: get {SINGLE}, or convert it with safetensors"
         )
     else:
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: download the weights into it")
@@ -328,14 +341,16 @@ def tensor_files(folder):
 
 
 def tensor_names(layout, state, prefix):
-    """(their name, our names, is_transposed) of every tensor of a model whose state_dict is
-    `state`.
+    """Yield (their name, our names, is_transposed) for each tensor of a model.
+
+    state: the model's state_dict.
     """
     n_layer = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     for theirs, ours in layout.modules.items():
         is_transposed = theirs.split(".")[-1] in layout.transposed
         full = theirs if theirs == "lm_head" else prefix + theirs
-        for layer in range(n_layer) if "*" in theirs else [0]:
+        layers = range(n_layer) if "*" in theirs else [0]
+        for layer in layers:
             for leaf in ("weight", "bias"):
                 names = [f"{name}.{leaf}".replace("*", str(layer)) for name in ours.split()]
                 if names[0] in state:
@@ -344,13 +359,13 @@ def tensor_names(layout, state, prefix):
 
 
 def as_stored(tensors, is_transposed):
-    """One tensor as their file has it, from ours: under each other, then transposed to (in, out)."""
+    """Our tensors (out, in) as one tensor of their file: joined by rows, then perhaps transposed."""
     tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return tensor.T if is_transposed else tensor
 
 
 def check_overrides(folder, config, overrides):
-    """ValueError for settings that are not the model's own and would change what its weights mean."""
+    """Raise ValueError for settings that a model does not have, or that change what weights mean."""
     if unknown := overrides.keys() - {field.name for field in fields(GPTConfig)}:
         raise ValueError(
             f"{' '.join(sorted(unknown))} is no setting of a model: see GPTConfig in model.py"
@@ -358,56 +373,61 @@ def check_overrides(folder, config, overrides):
     for name in ARCHITECTURE & overrides.keys():
         if overrides[name] != getattr(config, name):
             raise ValueError(
-                f"{name}={overrides[name]!r} but the weights of {folder} have {getattr(config, name)!r}: "
-                "leave it out"
+                f"{name}={overrides[name]!r} but the weights of {folder} have "
+                f"{getattr(config, name)!r}: leave it out"
             )
     if config.pos == "learned" and overrides.get("block_size", 0) > config.block_size:
         raise ValueError(
-            f"block_size={overrides['block_size']} but {folder} has {config.block_size} learned positions: "
-            "choose at most these"
+            f"block_size={overrides['block_size']} but {folder} has {config.block_size} learned "
+            "positions: choose at most these"
         )
 
 
 def plan_tensors(folder, layout, config, state):
-    """The tensors to read, [(their name, our names, is_transposed, file)]; ValueError where one is
-    missing or extra.
+    """The tensors to read, a list of (their name, our names, is_transposed, file).
+
+    Raises ValueError if the files lack a tensor, or hold one that the model lacks.
     """
     files = tensor_files(folder)
     has_prefix = any(name.startswith(layout.prefix) for name in files)
     names = list(tensor_names(layout, state, layout.prefix if has_prefix else ""))
     embedding, head = names[0][0], "lm_head.weight"
-    stored_as = {}  # the name in the file, where it is another
+    stored_as = {}  # the name in the file, if it is another
     if config.tie_weights:
         names = [entry for entry in names if entry[0] != head]
         if head in files and embedding not in files:
             files[embedding], stored_as[embedding] = files[head], head
-        elif head in files and not torch.equal(
-            *(read_tensor(files[n], n) for n in (head, embedding))
-        ):
-            raise ValueError(
-                f"{folder} says tie_word_embeddings=True but {head} differs from {embedding}: "
-                f"correct {CONFIG}"
-            )
+        elif head in files:
+            tied = [read_tensor(files[name], name) for name in (head, embedding)]
+            if not torch.equal(*tied):
+                raise ValueError(
+                    f"{folder} says tie_word_embeddings=True but {head} differs from {embedding}: "
+                    f"correct {CONFIG}"
+                )
     needed = {name for name, _, _ in names}
-    may_be_there = needed | ({head} if config.tie_weights else set())
-    extra = [name for name in files.keys() - may_be_there if not re.search(layout.ignored, name)]
-    for problem, wrong in (("lacks", needed - files.keys()), ("also holds", extra)):
-        if wrong:
-            raise ValueError(
-                f"{folder} {problem} {len(wrong)} tensors, such as {min(wrong)}, but needs those that "
-                f"{CONFIG} describes: download both again"
-            )
+    if missing := needed - files.keys():
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors, such as {min(missing)}, "
+            f"that {CONFIG} describes: download both again"
+        )
+    known = needed | {head} if config.tie_weights else needed
+    extra = [name for name in files.keys() - known if not re.search(layout.ignored, name)]
+    if extra:
+        raise ValueError(
+            f"{folder} also holds {len(extra)} tensors, such as {min(extra)}, "
+            f"that {CONFIG} does not describe: download both again"
+        )
     return [(stored_as.get(theirs, theirs), *rest, files[theirs]) for theirs, *rest in names]
 
 
 def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
     """The published model of a folder, preset or hub name, as a GPT.
 
-    dtype None keeps that of the file (training wants torch.float32). overrides are settings that
-    leave the weights what they are: dropout, block_size (learned positions are cropped), attention
-    ... Dropout is 0 unless given. One tensor at a time is mapped and copied, so peak memory is that
-    of the weights plus the largest tensor, and the files may change afterwards. Raises ValueError
-    for what does not fit.
+    dtype None keeps the dtype of the file; training wants torch.float32. overrides are settings
+    that do not change what the weights mean: dropout (0 unless given), attention, block_size
+    (learned positions are cropped) ... Maps and copies one tensor at a time. So peak memory is the
+    weights plus the largest tensor, and the files may change afterwards. Raises ValueError for
+    anything that does not fit.
     """
     folder = find_folder(name_or_folder)
     layout, config = read_config(folder)
@@ -418,15 +438,16 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
     device = choose_device(str(device))
     dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
     if "dropout" in overrides:
-        overrides.setdefault("attn_dropout", None)  # derived from it
+        overrides.setdefault("attn_dropout", None)  # then derived from dropout
     config = replace(config, **overrides)
     for theirs, ours, is_transposed, path in plan:
         tensor = read_tensor(path, theirs)
-        shape = tuple(as_stored([state[name] for name in ours], is_transposed).shape)
+        needed = as_stored([state[name] for name in ours], is_transposed)
+        shape = tuple(needed.shape)
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{theirs} in {folder} has shape {tuple(tensor.shape)} but {CONFIG} asks for {shape}: "
-                "download both again"
+                f"{theirs} in {folder} has shape {tuple(tensor.shape)} but {CONFIG} asks for "
+                f"{shape}: download both again"
             )
         dtype = tensor.dtype if dtype is None else dtype
         parts = (tensor.T if is_transposed else tensor).chunk(len(ours))
@@ -434,7 +455,7 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
             part = part[: config.block_size] if name == "pos_emb.weight" else part
             options = dict(copy=True, memory_format=torch.contiguous_format)
             state[name] = part.to(device, dtype, **options)
-        del tensor, part, parts  # and with them the mapping, before the next one
+        del tensor, part, parts  # unmaps the file before the next tensor
     with torch.device("meta"):
         model = GPT(config)
     if config.tie_weights:
@@ -446,15 +467,15 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
 
 
 def read_tensor(path, name):
-    """A tensor as it is stored, mapped from its file until it is dropped."""
+    """A tensor as it is stored. It is mapped from its file until it is dropped."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def published_config(config):
-    """The Layout that computes the same as a GPTConfig, and its config.json.
+    """(layout, config): the Layout that computes the same as a GPTConfig, and its config.json, a dict.
 
-    Raises ValueError naming what the published class cannot express.
+    Raises ValueError, by name, for settings that the published class cannot express.
     """
     layout = LLAMA if config.pos == "rope" else GPT2
     needed = {
@@ -470,36 +491,37 @@ def published_config(config):
         head_dim = config.n_embd / config.n_head
         needed |= {"norm": "layernorm", "n_kv_head": config.n_head, "head_dim": head_dim}
         needed["mlp"] = "gelu" if config.mlp == "swiglu" else config.mlp
-    wrong = [
-        f"{name}={getattr(config, name)}"
-        for name in needed
-        if getattr(config, name) != needed[name]
-    ]
+    wrong = []
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            wrong.append(f"{name}={getattr(config, name)}")
     if layout is LLAMA and config.n_embd % config.n_head:
         wrong.append(f"n_head={config.n_head} that does not divide n_embd={config.n_embd}")
     if config.n_layer == 0:
         wrong.append("n_layer=0")
     if wrong:
         raise ValueError(
-            f"{layout.architecture} cannot express {', '.join(wrong)}: such a model stays a checkpoint "
-            "of glassGPT"
+            f"{layout.architecture} cannot express {', '.join(wrong)}: "
+            "keep this model as a checkpoint of glassGPT"
         )
     written = {"architectures": [layout.architecture], "model_type": layout.model_type}
     written |= {theirs: getattr(config, ours) for theirs, (ours, _) in layout.settings.items()}
     if layout is GPT2:
         activations = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}
         written |= {"activation_function": activations[config.mlp]}
-        written |= {"n_ctx": config.block_size}  # an old name of n_positions, which llama.cpp reads
+        written |= {"n_ctx": config.block_size}  # the old name of n_positions; llama.cpp reads it
         written |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    else:  # the older keys of RoPE, which every reader knows
+    else:  # the older keys of RoPE, because every reader knows them
         scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
         written |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": scaling}
     return layout, written
 
 
 def published_tensors(model, layout):
-    """The model's tensors under their names. Biases that GPT-2 has and the model lacks become
-    zeros.
+    """A dict of the model's tensors under their names.
+
+    Biases that GPT-2 has and the model lacks become zeros. Raises ValueError for a tensor that the
+    layout lacks.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.tie_weights:
@@ -518,18 +540,18 @@ def published_tensors(model, layout):
         )
     tensors = {}
     for theirs, ours, is_transposed in names:
-        tensors[theirs] = as_stored([state[name] for name in ours], is_transposed).contiguous()
+        tensor = as_stored([state[name] for name in ours], is_transposed)
+        tensors[theirs] = tensor.contiguous()
     return tensors
 
 
 def save_pretrained(model, folder, tokenizer=None):
-    """Write a folder that transformers' AutoModelForCausalLM, and with a tokenizer AutoTokenizer,
-    load.
+    """Write a folder that transformers' AutoModelForCausalLM loads, and AutoTokenizer with a tokenizer.
 
     Biases that GPT-2 has and the model lacks are written as zeros, which computes the same. The
-    folder appears whole or not at all; one that holds anything but an earlier export is left alone.
-    Raises ValueError for settings that no published class expresses, FileExistsError for a folder
-    in use.
+    folder appears whole or not at all. A folder that holds anything but an earlier export is left
+    alone. Raises ValueError for settings that no published class expresses, and FileExistsError for
+    a folder in use.
     """
     folder = Path(folder).resolve()
     layout, config = published_config(model.config)
@@ -538,7 +560,7 @@ def save_pretrained(model, folder, tokenizer=None):
     is_export = not (files - ours) and "exported_by" in read_json(folder / CONFIG, {})
     if folder.is_file() or (files and not is_export):
         raise FileExistsError(
-            f"{folder} is in use and is no export of glassGPT: choose another folder"
+            f"{folder} is in use and is not an export of glassGPT: choose another folder"
         )
     tensors = published_tensors(model, layout)
     stop = [] if tokenizer is None else published_stop_ids(tokenizer)
@@ -559,7 +581,7 @@ def save_pretrained(model, folder, tokenizer=None):
         for name, document in documents.items():
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp lets only its owner in
+        partial.chmod(0o755)  # mkdtemp gives access to the owner only
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
@@ -568,14 +590,14 @@ def save_pretrained(model, folder, tokenizer=None):
 
 
 def published_stop_ids(tokenizer):
-    """The ids that end a text: those that a published model named, else ours, end-of-text first."""
+    """The ids that end a text, as a list: those that a published model names, or else ours."""
     special = tokenizer.special_tokens
     ours = [special[name] for name in (bpe.END_OF_TEXT, bpe.END) if name in special]
     return getattr(tokenizer, "stop_ids", None) or ours
 
 
 def save_adapter(model, path):
-    """Write the LoRA matrices alone, with what merging needs to know: a few MB of safetensors."""
+    """Write only the LoRA matrices, and what merging needs to know, as safetensors of a few MB."""
     lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
     tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
     names = ("lora_rank", "lora_alpha", "lora_targets")
@@ -584,8 +606,9 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Merge the LoRA matrices of a file into the model they were trained on. Raises ValueError if
-    they do not fit.
+    """Merge the LoRA matrices of a file into the model they were trained on.
+
+    Raises ValueError if they do not fit.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -593,18 +616,20 @@ def load_adapter(model, path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"adapter={path} is no safetensors file ({error}): "
-            "give the one that finetune.py --trainable=lora wrote"
+            f"adapter={path} is not a safetensors file ({error}): "
+            "give the file that finetune.py --trainable=lora wrote"
         ) from error
     if not lora or not tensors:
         raise ValueError(
-            f"adapter={path} holds no LoRA matrices: give the one that finetune.py --trainable=lora wrote"
+            f"adapter={path} holds no LoRA matrices: "
+            "give the file that finetune.py --trainable=lora wrote"
         )
     weights, products = dict(model.named_parameters()), {}
     scale = lora["lora_alpha"] / lora["lora_rank"]
-    for name in (name for name in tensors if name.endswith("lora_b")):
-        product = tensors[name] @ tensors[name.replace("lora_b", "lora_a")]
-        products[name.replace("lora_b", "weight")] = product * scale
+    for name in tensors:
+        if name.endswith("lora_b"):
+            product = tensors[name] @ tensors[name.replace("lora_b", "lora_a")]
+            products[name.replace("lora_b", "weight")] = product * scale
     for name, product in products.items():
         if name not in weights or weights[name].shape != product.shape:
             raise ValueError(
@@ -617,8 +642,9 @@ def load_adapter(model, path):
 
 
 def load_tokenizer(source):
-    """The tokenizer of a published model (folder, preset, hub name), or of a dict from `to_dict` of
-    any tokenizer.
+    """The tokenizer of a published model (folder, preset or hub name), or of a saved dict.
+
+    The dict is what `to_dict` of any tokenizer gave. Raises ValueError if the folder has none.
     """
     if isinstance(source, dict):
         if source.get("type") != "huggingface":
@@ -640,8 +666,9 @@ def load_tokenizer(source):
 
 
 def stop_ids(name_or_folder):
-    """The ids that end a text, from generation_config.json, else from config.json; [] where neither
-    names one.
+    """The ids that end a text, as a list: from generation_config.json, else from config.json.
+
+    It is empty if neither names one.
     """
     folder = find_folder(name_or_folder)
     for name in (GENERATION, CONFIG):
