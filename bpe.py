@@ -919,6 +919,7 @@ def read_command_line():
     train.add_argument(
         "--out", type=Path, default=Path("data/tok.json"), help="where to save the tokenizer"
     )
+    train.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     train.add_argument("--show", type=int, default=0, metavar="N", help="print the first N merges")
     show = commands.add_parser("show", help="merge a text step by step")
     show.add_argument("text")
@@ -935,6 +936,12 @@ def main():
     """Run one of the three commands: train, show, tokens."""
     given = read_command_line()
     if given.command == "train":
+        if given.out.exists() and not given.overwrite:
+            raise ValueError(
+                f"--out={given.out} is there already: name another, or add --overwrite"
+            )
+        if given.out.exists() and any(given.out.samefile(path) for path in given.input):
+            raise ValueError(f"--out={given.out} is the text itself: name another file")
         train_and_compare(given.input, given.vocab_size, given.pattern, given.out, given.show)
         return
     is_gpt2 = given.tokenizer == "gpt2"

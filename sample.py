@@ -61,8 +61,15 @@ class Settings:
         require(self, floats, math.isfinite, "be a finite number")
         counts = "max_new_tokens num_samples top_k"
         require(self, counts, lambda value: value >= 1, "be at least 1")
-        require(self, "top_p min_p", lambda value: 0 < value <= 1, "lie in (0, 1]")
+        require(self, "top_p min_p", lambda value: 1e-6 <= value <= 1, "lie in [0.000001, 1]")
         require(self, "temperature", lambda value: value >= 0, "not be negative")
+        smallest = 1e-4  # below, logits divided by it leave float32's range
+        require(
+            self,
+            "temperature",
+            lambda value: value == 0 or value >= smallest,
+            "be 0, or 0.0001 or more",
+        )
         require(self, "repetition_penalty", lambda value: value > 0, "be positive")
         require(self, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
 

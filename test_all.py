@@ -747,6 +747,23 @@ def test_show_of_train_prints_pair_count_and_token_of_the_first_merges(tmp_path)
     )
 
 
+def test_a_tokenizer_is_never_written_over_a_text_or_another_file(tmp_path):
+    text, tok = tmp_path / "a.txt", tmp_path / "tok.json"
+    text.write_text("low lower lowest " * 9)
+    tok.write_text("mine")
+    for out, more in ((text, []), (text, ["--overwrite"]), (tok, [])):
+        command = [sys.executable, "bpe.py", "train", "--input", str(text), "--vocab_size=270"]
+        done = subprocess.run(
+            [*command, "--out", str(out), *more], cwd=HERE, capture_output=True, text=True
+        )
+        assert (
+            done.returncode == 2
+            and "is there already" in done.stderr
+            or "is the text itself" in done.stderr
+        )
+    assert text.read_text().startswith("low") and tok.read_text() == "mine"
+
+
 @pytest.mark.parametrize("kind", [bpe.CharTokenizer, bpe.WordTokenizer, bpe.BPETokenizer])
 def test_tokens_of_every_kind_of_tokenizer_are_shown(kind, tmp_path):
     options = {"vocab_size": 270} if kind is bpe.BPETokenizer else {}
@@ -1103,6 +1120,68 @@ def test_a_full_disk_is_a_warning_that_repeats_and_training_goes_on(workdir, cap
     assert "0 MiB are free" in out and "step 6/6" in out
 
 
+def test_metrics_and_a_picture_that_cannot_be_written_are_warnings(workdir, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(progress, "draw_losses", full)
+    Path("out/small/metrics.jsonl").mkdir(parents=True)  # no file, so every write fails
+    status, out, err = run_main(train.main, [*TINY_RUN, "--init_from=auto"], capsys)
+    assert status == 0, err
+    assert (
+        out.count("metrics.jsonl is not written") > 6 and out.count("loss.png is not written") == 2
+    )
+
+
+def test_torn_lines_of_metrics_are_left_out_on_resumption(workdir, capsys):
+    run_main(train.main, TINY_RUN, capsys)
+    path = Path("out/small/metrics.jsonl")
+    path.write_bytes(path.read_bytes() + b'\n[1]\n\0\0\0\n{"step": 6, "lo')
+    status, out, err = resume("out/small", capsys, "--max_iters=7")
+    assert status == 0, err
+    assert "4 lines of out/small/metrics.jsonl are torn and left out" in out
+    assert last_line("out/small", "loss")["step"] == 7
+
+
+@needs_unix
+def test_training_survives_a_closed_pipe_and_saves_when_the_terminal_closes(workdir):
+    process = start("train.py", *TINY_RUN, "--max_iters=100000", "--eval_interval=100000")
+    while not process.stdout.readline().startswith("step 2/"):
+        pass
+    process.stdout.close()  # as head -3 does
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert checkpoint.saved_steps("out/small")[-1] > 2
+
+
+def test_patience_counts_an_evaluation_once_over_a_resumption(workdir, capsys, monkeypatch):
+    losses = iter([3.0, 2.0, 4.0, 5.0, 6.0])
+    by_step, evaluate = {}, train.Pretraining.evaluate
+
+    def scripted(task, model, context, processes, few=None):
+        figures = evaluate(task, model, context, processes, few)
+        step = current["run"].step
+        by_step.setdefault(step, next(losses)) if step not in by_step else None
+        return figures | {"val_loss": by_step[step]}
+
+    current, look_back = {}, train.look_back
+
+    def noted(run, *arguments):
+        current["run"] = run
+        return look_back(run, *arguments)
+
+    monkeypatch.setattr(train, "look_back", noted)
+    monkeypatch.setattr(train.Pretraining, "evaluate", scripted)
+    words = [*TINY_RUN, "--eval_interval=2", "--checkpoint_interval=1", "--patience=2"]
+    run_main(train.main, [*words, "--max_iters=4"], capsys)  # losses 3 and 2
+    assert checkpoint.load("out/small")["evaluations_without_better"] == 0
+    resume("out/small", capsys, "--max_iters=20")  # 4 and 5 are no better: the second ends the run
+    assert checkpoint.saved_steps("out/small")[-1] == 8
+    assert checkpoint.load("out/small", "best")["step"] == 4
+
+
 def test_gradients_that_are_not_finite_end_the_run_and_name_the_last_checkpoint(workdir, capsys):
     words = [
         "--max_iters=60",
@@ -1134,6 +1213,31 @@ def test_auto_starts_where_there_is_nothing_and_resumes_where_there_is(workdir, 
     assert (
         "step 5/6" in out and "step 1/6" not in out and checkpoint.saved_steps("out/small")[-1] == 6
     )
+
+
+def test_auto_starts_anew_beside_checkpoints_that_are_all_torn(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--max_iters=6"], capsys)
+    torn = {}
+    for step in (3, 6):
+        path = checkpoint.checkpoint_path("out/small", step)
+        torn[path] = path.read_bytes()[:1000]
+        path.write_bytes(torn[path])
+    status, out, err = run_main(
+        train.main, [*TINY_RUN, "--init_from=auto", "--max_iters=2"], capsys
+    )
+    assert status == 0 and "starts anew" in out, err
+    assert checkpoint.saved_steps("out/small") == [2]
+    for path, content in torn.items():
+        assert path.with_suffix(".pt.damaged").read_bytes() == content
+
+
+def test_a_run_leaves_a_folder_alone_that_holds_anything_of_another(workdir, capsys):
+    run_main(train.main, TINY_RUN, capsys)
+    Path("out/small/config.json").unlink()
+    before = {path.name: path.read_bytes() for path in Path("out/small").glob("*")}
+    _, out, _ = run_main(train.main, [*TINY_RUN, "--max_iters=1", "--out_dir=out/small/"], capsys)
+    assert "goes to out/small-2" in out and checkpoint.saved_steps("out/small-2") == [1]
+    assert {path.name: path.read_bytes() for path in Path("out/small").glob("*")} == before
 
 
 def test_three_kills_change_no_bit_of_the_result(workdir, capsys):
@@ -2451,6 +2555,46 @@ def test_changed_shard_is_noticed(in_tmp_path):
         shards.open_dataset("own")
 
 
+def test_a_dataset_stays_whole_until_its_successor_is(in_tmp_path):
+    Path("a.txt").write_text("some text " * 100)
+    Path("bad.txt").write_bytes(b"abc\xff")
+    make("own", "a.txt")
+    before = {path.name: path.read_bytes() for path in Path("data/own").iterdir() if path.is_file()}
+    for change in (
+        dict(input=["bad.txt"]),
+        dict(input=["a.txt"], tokenizer="nosuch"),
+        dict(input=["none.txt"]),
+    ):
+        given = {"name": "own", "tokenizer": "char", "overwrite": True, **change}
+        with pytest.raises((ValueError, OSError)):
+            prepare.prepare(prepare.Settings(**given))
+        for name, content in before.items():
+            assert (Path("data/own") / name).read_bytes() == content
+    Path("b.txt").write_text("other text " * 100)
+    make("own", "b.txt", overwrite=True)
+    assert shards.open_dataset("own").sha256 and not Path("data/own/making").exists()
+
+
+def test_shards_of_another_program_are_left_alone(in_tmp_path):
+    Path("data/own").mkdir(parents=True)
+    Path("data/own/fineweb_train_000000.bin").write_bytes(b"theirs")
+    Path("data/own/train_000000.bin").write_bytes(b"theirs too")
+    Path("a.txt").write_text("some text " * 100)
+    with pytest.raises(ValueError, match="train_000000.bin, which prepare.py did not make"):
+        make("own", "a.txt")
+    assert Path("data/own/train_000000.bin").read_bytes() == b"theirs too"
+
+
+def test_two_prepares_of_one_dataset_do_not_mix(in_tmp_path):
+    Path("a.txt").write_text("some text " * 100)
+    Path("data/own").mkdir(parents=True)
+    held = files.lock("data/own")
+    with pytest.raises(ValueError, match="data/own is in use"):
+        make("own", "a.txt")
+    held.release()
+    make("own", "a.txt")
+
+
 # --------------------------------------------------------------------------------------------- glass/optim.py
 
 
@@ -2707,6 +2851,13 @@ def test_text_is_held_back_until_it_is_certain():
     assert shown == ["a", "b", "", "", "STa", "", "", ""]
     letters = generate.TextStream(tokenizer, stop=[])
     assert "".join(letters.add(i) for i in tokenizer.encode("abcde" * 200)) == "abcde" * 200
+
+
+def test_the_earliest_stop_string_ends_a_text_whatever_their_order():
+    tokenizer = bpe.WordTokenizer.train("abab xx")
+    for stops in (["b", "ab"], ["ab", "b"]):
+        stream = generate.TextStream(tokenizer, stops)
+        assert stream.add(tokenizer.encode("abab")[0]) == "" and stream.stopped
 
 
 def test_answers_keep_the_token_that_ends_them(long_base):
@@ -3382,6 +3533,38 @@ def test_a_bad_row_is_named_with_its_line(base, capsys, case):
     status, out, err = tune(task, capsys)
     assert status == 2 and err.count("\n") == 1 and place in err and what in err
     assert not Path("out/tuned").exists()
+
+
+BAD_TABLES = {
+    "more cells than the header": (
+        ".csv",
+        "label,text\nspam,Win 1,000 pounds now\n",
+        "line 2 has 3 cells",
+    ),
+    "fewer cells": (".csv", "label,text\nspam\n", "line 2 has 1 cells but the header has 2"),
+    "an unclosed quote": (".csv", 'label,text\nspam,"Win\nham,hi\n', "is no CSV"),
+    "a list for a row": (".jsonl", "[1, 2]\n", "line 1 is a list, needed is an object"),
+    "a number for a row": (".json", "[1, 2]", "item 1 is 1, needed is an object"),
+    "not UTF-8": (".csv", b"label,text\nspam,\xe9t\xe9\n", "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_bad_table_is_named_with_its_line(case, in_tmp_path):
+    suffix, content, says = BAD_TABLES[case]
+    path = Path("rows" + suffix)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(says)):
+        list(sources.read_table(path))
+
+
+def test_quotes_are_text_in_a_tsv_and_cells_may_be_long(in_tmp_path):
+    Path("rows.tsv").write_text('label\ttext\nham\t"hi\nspam\t5" and "more\n')
+    rows = [row["text"] for _, row in sources.read_table("rows.tsv")]
+    assert rows == ['"hi', '5" and "more']
+    Path("rows.csv").write_text(f'label,text\nham,"a, {"b" * 200_000}"\n')
+    (row,) = [row for _, row in sources.read_table("rows.csv")]
+    assert len(row["text"]) == 200_003
 
 
 def test_tasks_have_right_answers_and_no_text_in_two_splits(in_tmp_path):

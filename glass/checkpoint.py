@@ -1,10 +1,10 @@
-"""One promise: what was saved is loaded whole, or the one before it is.
+"""Checkpoints. What was saved is loaded whole, or else the one before it is.
 
-A checkpoint `ckpt_0002000.pt` is written to a temporary file, flushed to the disk, read back,
-renamed, and the folder's entry flushed too; only then is an old one removed. Whatever interrupts
-this leaves the checkpoints that were there. `best.pt` is a second name of the best one's file.
-Loading checks every byte (a torch file is a zip archive with a CRC of each tensor, which torch.load
-ignores) and accepts plain types only, never code.
+A checkpoint `ckpt_0002000.pt` is written to a temporary file, flushed to the disk, read back and
+renamed; then the folder's entry is flushed. Only after that is an old checkpoint removed. So an
+interruption at any point leaves the checkpoints that were there. `best.pt` is a second name for the
+file of the best one. Loading checks every byte: a torch file is a zip archive with a CRC of each
+tensor, which torch.load ignores. It accepts plain types only, never code.
 
 State: version step model optimizer scaler best_val_loss best_step evaluated_step
 evaluations_without_better settings model_config tokenizer data task.
@@ -23,26 +23,33 @@ import torch
 from glass.files import sync_folder
 
 VERSION = 2
-# what an earlier run may have left in a folder, beside its checkpoints
+# what an earlier run may have left in its folder, besides checkpoints
 LEFT_BEHIND = "best.pt metrics.jsonl loss.png test.json confusion.png adapter.safetensors".split()
 
 
+class NoneIsWhole(ValueError):
+    """There are checkpoints, and all of them are damaged."""
+
+
 def checkpoint_path(folder, step):
+    """The path of the checkpoint of a step."""
     return Path(folder) / f"ckpt_{step:07d}.pt"
 
 
 def saved_steps(folder):
-    """The steps that have a checkpoint in the folder, ascending; loading shows whether each is
-    whole.
+    """The ascending list of steps that have a checkpoint in the folder.
+
+    A checkpoint in it may be damaged; only loading shows that.
     """
     names = (re.fullmatch(r"ckpt_(\d+)\.pt", path.name) for path in Path(folder).glob("ckpt_*.pt"))
     return sorted(int(match[1]) for match in names if match)
 
 
 def save(folder, step, state, keep=2):
-    """Write ckpt_STEP.pt, then remove all but the last `keep`; gives its path.
+    """Write ckpt_STEP.pt, remove all checkpoints but the last `keep`, and give back its path.
 
-    state: tensors and plain Python types. Raises OSError, the old ones untouched, if it cannot.
+    state: a dict of tensors and plain Python types. Raises OSError if it cannot write; the old
+    checkpoints then stay.
     """
     folder = Path(folder)
     path = checkpoint_path(folder, step)
@@ -50,21 +57,25 @@ def save(folder, step, state, keep=2):
     try:
         needed, free = tensor_bytes(state) + (1 << 20), shutil.disk_usage(folder).free
         if free < needed:
-            problem = f"{free >> 20} MiB are free where the checkpoint needs {needed >> 20} MiB"
-            raise OSError(errno.ENOSPC, problem, str(folder))
+            raise OSError(
+                errno.ENOSPC,
+                f"{free >> 20} MiB are free but the checkpoint needs {needed >> 20} MiB",
+                str(folder),
+            )
         with open(temporary, "wb") as file:
             torch.save({"version": VERSION, "step": step, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         if damaged := damage(temporary):
             raise OSError(
-                errno.EIO, f"what was written does not read back ({damaged})", str(temporary)
+                errno.EIO, f"the file does not read back as written ({damaged})", str(temporary)
             )
         os.replace(temporary, path)
         sync_folder(folder)
     except RuntimeError as error:  # torch wraps the OSError of a failed write
-        problem = f"the checkpoint could not be written ({first_line(error)})"
-        raise OSError(errno.EIO, problem, str(path)) from error
+        raise OSError(
+            errno.EIO, f"the checkpoint could not be written ({first_line(error)})", str(path)
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     for old in saved_steps(folder)[:-keep]:
@@ -73,7 +84,7 @@ def save(folder, step, state, keep=2):
 
 
 def mark_best(folder, step):
-    """Make best.pt a second name of ckpt_STEP.pt: a hard link, or a copy where there are no links."""
+    """Make best.pt a second name for ckpt_STEP.pt, by a hard link, or by a copy without links."""
     folder, source = Path(folder), checkpoint_path(folder, step)
     temporary = folder / "best.tmp"
     temporary.unlink(missing_ok=True)
@@ -88,17 +99,19 @@ def mark_best(folder, step):
 
 
 def load(folder, which="last"):
-    """The state of the 'last' good checkpoint, of the 'best', or of one step, with tensors on the
-    CPU.
+    """The state of a checkpoint, a dict, with tensors on the CPU.
 
-    For 'last' a damaged file is named on stderr and the one before it is taken. Raises
-    FileNotFoundError if there is none, ValueError if none is whole or a newer program wrote it.
+    which: 'last', 'best' or a step. For 'last', a damaged file is named on stderr and the one
+    before it is taken. Raises FileNotFoundError if there is none, and ValueError if none is whole
+    or a newer program wrote it.
     """
     folder = Path(folder)
     if which == "last":
         paths = [checkpoint_path(folder, step) for step in reversed(saved_steps(folder))]
+    elif which == "best":
+        paths = [folder / "best.pt"]
     else:
-        paths = [folder / "best.pt" if which == "best" else checkpoint_path(folder, which)]
+        paths = [checkpoint_path(folder, which)]
     if not paths or not paths[0].exists():
         have = ", ".join(map(str, saved_steps(folder))) or "none"
         raise FileNotFoundError(
@@ -112,36 +125,36 @@ def load(folder, which="last"):
         warning = f"WARNING: {path} is damaged ({problem}), looking for the one before it"
         print(warning, file=sys.stderr, flush=True)
     names = ", ".join(path.name for path in paths)
-    raise ValueError(f"{folder}: no checkpoint is whole ({names}): restore one, or train again")
+    raise NoneIsWhole(f"{folder}: no checkpoint is whole ({names}): restore one, or train again")
 
 
 def read(path):
-    """(state, None), or (None, what is wrong with the file). Raises ValueError for another
-    program's.
+    """(state, None), or (None, what is wrong with the file).
+
+    Raises ValueError for a file of another program or of a newer version of this one.
     """
     if problem := damage(path):
         return None, problem
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # what torch raises for a file that is no checkpoint differs by version
+    except Exception as error:  # for a bad file, each torch version raises other errors
         return None, first_line(error)
     if not isinstance(state, dict) or "version" not in state:
         raise ValueError(
-            f"{path} is a torch file but no checkpoint of this program: name another folder"
+            f"{path} is a torch file but not a checkpoint of this program: name another folder"
         )
     if state["version"] > VERSION:
         raise ValueError(
-            f"{path} has version {state['version']}, this program reads up to {VERSION}: "
+            f"{path} has version {state['version']}, but this program reads up to {VERSION}: "
             "update the program"
         )
     return state, None
 
 
 def upgraded(state):
-    """The state as this version writes it. Version 1 had other names, and settings with derived
-    values.
+    """The state as this version writes it.
+
+    Version 1 had other names, and it kept derived values of settings.
     """
     if state["version"] == VERSION:
         return state
@@ -164,38 +177,37 @@ def upgraded(state):
     ):
         if settings[name] == settings.get(source):
             settings[name] = None  # derived anew
-    for group in (group for optimizer in state["optimizer"] for group in optimizer["param_groups"]):
-        group.pop("largest_lr", None)
-    task = {
-        name: state[name]
-        for name in ("labels", "reference", "sampled", "differing")
-        if name in state
-    }
+    for optimizer in state["optimizer"]:
+        for group in optimizer["param_groups"]:
+            group.pop("largest_lr", None)
+    names = ("labels", "reference", "sampled", "differing")
+    task = {name: state[name] for name in names if name in state}
     if "start" in state:
         task["reference_model"] = renamed(state["start"])
     if task.get("sampled") and "before" in task["sampled"]:
         task["sampled"]["old_logprobs"] = task["sampled"].pop("before")
-    never = {"best_step": None, "evaluated_step": None}
+    absent = {"best_step": None, "evaluated_step": None}
     new = {"version": VERSION, "model": renamed(state["model"]), "settings": settings, "task": task}
-    return {**never, **state, **new}
+    return {**absent, **state, **new}
 
 
 def damage(path):
-    """What is wrong with the archive, in words, or None if every record matches its stored CRC."""
+    """What is wrong with a checkpoint file, in words, or None if every record matches its CRC."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         return bad and f"CRC of {bad} differs"
-    except Exception as error:  # a torn zip directory raises many kinds
+    except Exception as error:  # a torn zip directory raises errors of many kinds
         return first_line(error)
 
 
 def first_line(error):
+    """The kind of an error and the first line of its text, at most 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def tensor_bytes(state):
-    """Bytes of all tensors in nested dicts and lists."""
+    """The number of bytes of all tensors in nested dicts and lists."""
     if isinstance(state, torch.Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict):
@@ -206,10 +218,12 @@ def tensor_bytes(state):
 
 
 def newest_run(root="."):
-    """The folder with the newest checkpoint: out/ itself, its subfolders, and nanoGPT's out-*/."""
-    folders = [
-        folder for pattern in ("out", "out/*", "out-*") for folder in Path(root).glob(pattern)
-    ]
+    """The folder with the newest checkpoint: out/, a subfolder of it, or nanoGPT's out-*/.
+
+    Raises FileNotFoundError if there is no run.
+    """
+    patterns = ("out", "out/*", "out-*")
+    folders = [folder for pattern in patterns for folder in Path(root).glob(pattern)]
     runs = [folder for folder in folders if saved_steps(folder)]
     if not runs:
         raise FileNotFoundError(
@@ -219,8 +233,16 @@ def newest_run(root="."):
     return max(runs, key=lambda run: checkpoint_path(run, saved_steps(run)[-1]).stat().st_mtime)
 
 
+def set_aside(folder):
+    """Rename the checkpoints of a folder, so that a new run there does not take them for its own."""
+    for step in saved_steps(folder):
+        path = checkpoint_path(folder, step)
+        path.rename(path.with_suffix(".pt.damaged"))
+
+
 def remove_run(folder):
     """Remove what an earlier run left in the folder."""
     checkpoints = [checkpoint_path(folder, step) for step in saved_steps(folder)]
-    for path in [*checkpoints, *(Path(folder) / name for name in LEFT_BEHIND)]:
+    others = [Path(folder) / name for name in LEFT_BEHIND]
+    for path in checkpoints + others:
         path.unlink(missing_ok=True)

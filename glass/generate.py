@@ -219,10 +219,9 @@ class TextStream:
         """
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
-        for stop in self.stop:
-            if stop in text[self.shown :]:
-                self.stopped = True
-                text = text[: text.index(stop, self.shown)]
+        places = [text.find(stop, self.shown) for stop in self.stop]
+        if found := [place for place in places if place >= 0]:
+            self.stopped, text = True, text[: min(found)]
         certain = len(text) if self.stopped else len(text) - self.held_back(text)
         certain = max(self.shown, certain)
         new, self.shown = text[self.shown : certain], certain

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import os
 import signal
 import sys
 import time
@@ -32,29 +33,26 @@ class Progress:
         self.train_losses = []  # since the last evaluation
         self.lines = []
         if self.is_main:
-            self.file = self.open_metrics(run.folder / "metrics.jsonl")
+            self.metrics_path = run.folder / "metrics.jsonl"
+            with warned_about(self.metrics_path):
+                self.keep_metrics(self.metrics_path)
             self.wandb = start_wandb(s) if s.wandb_log else None
             hidden = not sys.stderr.isatty()
             bar = dict(total=s.max_iters, initial=run.step, unit="step", dynamic_ncols=True)
             self.bar = tqdm(disable=hidden, **bar)
 
-    def open_metrics(self, path):
-        """The file of metrics, open to append.
-
-        A run that was cut off may have written lines after its last checkpoint; these are removed.
-        """
+    def keep_metrics(self, path):
+        """Take over the metrics of an earlier life of the run, up to its last checkpoint."""
         if path.exists():
             run = self.run
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             evaluates_again = run.step % run.settings.eval_interval == 0
-            for line in lines:
+            for line in read_metrics(path):
                 comes_again = f"{QUICK}val_loss" in line or ("val_loss" in line and evaluates_again)
                 is_kept = line["step"] == run.step and not comes_again
                 if line["step"] < run.step or is_kept:
                     self.lines.append(line)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         path.write_text(text, encoding="utf-8")
-        return open(path, "a", buffering=1, encoding="utf-8")
 
     def seconds(self):
         """Seconds since training began in this process."""
@@ -70,7 +68,9 @@ class Progress:
     def write(self, **values):
         """Append a line of values to metrics.jsonl and send it to W&B."""
         self.lines.append(values)
-        self.file.write(json.dumps(values) + "\n")
+        with warned_about(self.metrics_path):
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
@@ -114,7 +114,7 @@ class Progress:
             left = datetime.timedelta(seconds=round((s.max_iters - step) * seconds_per_step))
             shown = described({"loss": mean_loss, **figures})
             timing = f"{1e3 * seconds_per_step:.1f} ms, {rate:,.0f} tokens/s, {left} left"
-            print(f"step {step}/{s.max_iters}: {shown}, {timing}", flush=True)
+            say(f"step {step}/{s.max_iters}: {shown}, {timing}")
         else:
             self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
 
@@ -139,7 +139,8 @@ class Progress:
         self.train_losses = []
         if run.settings.sample_tokens:
             say(run.task.sample(run.model))
-        draw_losses(self.lines, run.folder / "loss.png")
+        with warned_about(run.folder / "loss.png"):
+            draw_losses(self.lines, run.folder / "loss.png")
 
     def glanced(self, figures, few):
         """Report an evaluation of only `few` validation rows, for the curve."""
@@ -168,15 +169,50 @@ class Progress:
         say(f"{seconds}; for text: python sample.py --out_dir={run.folder}")
 
 
+def read_metrics(path):
+    """The lines of metrics.jsonl as dicts. Torn or foreign ones are left out, with a word."""
+    lines, torn = [], 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            is_ours = isinstance(line, dict) and isinstance(line.get("step"), int)
+        except ValueError:
+            is_ours = False
+        if is_ours:
+            lines.append(line)
+        else:
+            torn += 1
+    if torn:
+        say(f"{torn} lines of {path} are torn and left out")
+    return lines
+
+
+@contextlib.contextmanager
+def warned_about(path):
+    """A context in which a file that cannot be written is a warning; training goes on."""
+    try:
+        yield
+    except OSError as error:
+        say(f"WARNING: {path} is not written ({error}); training goes on")
+
+
 def described(figures):
     """Figures by name, in words: `val loss 1.2345, val bits per byte 1.8000`."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
 
 
 def say(text):
-    """Print above the progress bar, if there is one."""
-    tqdm.write(str(text), file=sys.stdout)
-    sys.stdout.flush()
+    """Print above the progress bar, if there is one.
+
+    Where nobody reads any more (a closed pipe, a terminal that is gone), the rest is said to nobody.
+    """
+    try:
+        tqdm.write(str(text), file=sys.stdout)
+        sys.stdout.flush()
+    except UnicodeEncodeError:
+        tqdm.write(str(text).encode("ascii", "replace").decode(), file=sys.stdout)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
 
 
 def open_figure(**options):

@@ -1,6 +1,6 @@
 """Rows of supervised data for finetune.py: read, checked, split in three, and dealt out in steps.
 
-A row is a pair of where it stands (for errors) and its fields, a dict.
+A row is a pair (where, fields): its place in the file, for errors, and a dict.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from glass.progress import say
 from glass.shards import META, folder_of
 
 SPLITS = ("train", "val", "test")
-DATASET_KIND = {  # that a task needs
+DATASET_KIND = {  # the kind of dataset that a task needs
     "classify": "classification",
     "instruct": "instructions",
     "reinforce": "instructions",
@@ -27,15 +27,16 @@ DATASET_KIND = {  # that a task needs
 
 @dataclass
 class Records:
-    """Rows of supervised data in three splits, and the sha256 of their fields."""
+    """Rows of supervised data in three splits."""
 
-    splits: dict
-    sha256: str
+    splits: dict  # "train", "val" and "test": a list of rows each
+    sha256: str  # of the fields of all rows
 
 
 def read_records(settings):
-    """The Records of a dataset or file, split as the settings ask. Raises ValueError with the bad
-    line.
+    """The Records of a dataset or file, split as the settings ask.
+
+    Raises ValueError, with the place, for a row that does not fit the task.
     """
     s, path = settings, Path(settings.dataset)
     splits_anew = s.val_share is not None or s.test_share is not None
@@ -44,7 +45,8 @@ def read_records(settings):
             raise ValueError(
                 f"dataset={path} does not exist: name a file, or a dataset under data/"
             )
-        splits, splits_anew = {"train": list(sources.read_table(path)), "val": [], "test": []}, True
+        splits = {"train": list(sources.read_table(path)), "val": [], "test": []}
+        splits_anew = True
     else:
         splits = read_prepared(s)
     all_rows = [row for split in SPLITS for row in splits[split]]
@@ -62,11 +64,16 @@ def read_records(settings):
                 "add rows, or change val_share and test_share"
             )
     fields = {split: [fields for _, fields in rows] for split, rows in splits.items()}
-    return Records(splits, hashlib.sha256(json.dumps(fields).encode()).hexdigest())
+    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return Records(splits, digest)
 
 
 def read_prepared(settings):
-    """The splits of a dataset under data/, which is prepared first if it is not there."""
+    """The splits of a dataset under data/, a dict of lists of rows.
+
+    The dataset is prepared first if it is not there. Raises ValueError if the task needs another
+    kind.
+    """
     name, task = settings.dataset, settings.task
     folder = folder_of(name)
     if not (folder / META).is_file():
@@ -75,14 +82,14 @@ def read_prepared(settings):
     kind = json.loads((folder / META).read_text(encoding="utf-8"))["kind"]
     if kind != DATASET_KIND[task]:
         raise ValueError(
-            f"dataset={name} is of kind={kind} but task={task} needs {DATASET_KIND[task]}: "
-            "choose another"
+            f"dataset={name} is of kind={kind} but task={task} needs kind={DATASET_KIND[task]}: "
+            "choose another dataset"
         )
     return {split: list(sources.read_table(folder / f"{split}.jsonl")) for split in SPLITS}
 
 
 def check_row(where, fields, task):
-    """ValueError, naming the place, for a row that lacks what the task needs."""
+    """Raise ValueError, with the place, for a row that lacks what the task needs."""
     if not isinstance(fields.get("kind", ""), str):
         raise ValueError(
             f"{where}: kind={fields['kind']!r} must be a text: correct it, or leave it out"
@@ -98,32 +105,34 @@ def check_row(where, fields, task):
 
 
 def check_messages(where, messages):
-    """ValueError, naming the place, for a conversation that does not end with an answer."""
+    """Raise ValueError, with the place, for a conversation that does not end with an answer."""
     last = messages[-1] if messages else {}
     if last.get("role") != "assistant" or not str(last.get("content", "")).strip():
         raise ValueError(
-            f"{where}: messages must end with what the assistant says: add it, or remove the row"
+            f"{where}: messages must end with what the assistant says: "
+            "add an answer, or remove the row"
         )
-    if len(messages) < 2 or not all(
-        isinstance(message.get("content"), str) for message in messages
-    ):
+    are_texts = all(isinstance(message.get("content"), str) for message in messages)
+    if len(messages) < 2 or not are_texts:
         raise ValueError(
-            f"{where}: messages must be texts, of the user and then the assistant: correct it"
+            f"{where}: messages must be texts of the user and then of the assistant: "
+            "correct them, or remove the row"
         )
 
 
 def split_anew(rows, settings, shuffle):
-    """All rows in three splits by the seed. A text that occurs twice is kept once, so that no two
-    splits share it.
+    """All rows in three new splits, drawn by the seed: a dict of lists of rows.
+
+    A text that occurs twice is kept once, so no two splits share it.
     """
     s, distinct = settings, {}
     for where, fields in rows:
         asked = fields.get("text")
         if not asked:
-            asked = json.dumps(
-                fields.get("messages", [fields.get("instruction"), fields.get("input")])
-            )
-        distinct.setdefault(" ".join(asked.lower().split()), (where, fields))
+            pair = [fields.get("instruction"), fields.get("input")]
+            asked = json.dumps(fields.get("messages", pair))
+        normalised = " ".join(asked.lower().split())
+        distinct.setdefault(normalised, (where, fields))
     rows = list(distinct.values())
     if s.balance == "undersample":
         rows = undersample(rows, shuffle)
@@ -136,45 +145,50 @@ def split_anew(rows, settings, shuffle):
 
 
 def undersample(rows, shuffle):
-    """As many rows of each label as the rarest has."""
+    """A list of as many rows of each label as the rarest label has."""
     by_label = {}
     for row in rows:
         by_label.setdefault(row[1]["label"], []).append(row)
     least = min(map(len, by_label.values()), default=0)
-    return [row for label in sorted(by_label) for row in shuffle.sample(by_label[label], least)]
+    kept = []
+    for label in sorted(by_label):
+        kept += shuffle.sample(by_label[label], least)
+    return kept
 
 
 def spread(examples, n):
-    """At most n of the examples, evenly spaced."""
-    return [examples[i * len(examples) // n] for i in range(n)] if n < len(examples) else examples
+    """At most n of the examples, evenly spaced, as a list."""
+    if n >= len(examples):
+        return examples
+    return [examples[i * len(examples) // n] for i in range(n)]
 
 
 class StepOrder:
-    """Which examples each step takes: a function of the seed and the step alone.
+    """Which examples each step takes. It depends on the seed and the step alone.
 
-    An epoch is a permutation of the examples, cut into steps of `size`; what does not fill a step
-    is left to the next epoch's. A step holds examples of all lengths, sorted, so that its
-    micro-steps hold little padding. (Steps of one length each would hold few kinds of examples, and
-    taught half as fast.)
+    An epoch is a permutation of the examples, cut into steps of `size`. Examples that do not fill a
+    step are left for later epochs. A step holds examples of all lengths, sorted, so its micro-steps
+    hold little padding. (Steps of one length each would hold few kinds of examples; they taught
+    half as fast.)
     """
 
     def __init__(self, lengths, size, seed):
         self.lengths, self.size, self.seed = np.array(lengths), size, seed
         if len(lengths) < size:
             raise ValueError(
-                f"batch_size x gradient_accumulation_steps={size} but there are {len(lengths)} training "
-                "rows: lower batch_size"
+                f"batch_size x gradient_accumulation_steps={size} but there are only "
+                f"{len(lengths)} training rows: lower batch_size"
             )
         self.steps_per_epoch = len(lengths) // size
 
     def of_epoch(self, epoch):
-        """The places of the examples of each step: (steps, size)."""
+        """The indices of the examples of each step of an epoch: (steps, size)."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
         steps = order[: self.steps_per_epoch * self.size].reshape(-1, self.size)
         by_length = self.lengths[steps].argsort(axis=1, kind="stable")
         return np.take_along_axis(steps, by_length, axis=1)
 
     def of_step(self, step):
-        """The places of the examples of one step: (size,)."""
+        """The indices of the examples of one step: (size,)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.of_epoch(epoch)[place]

@@ -1,15 +1,15 @@
 """A run: where it stands, how it is saved, and how it is resumed.
 
-A run trains a model at a task. The task is what train.py and finetune.py each bring: `script`,
-`tokenizer`, `data_sha256`, `tokens_per_step`, and
+A run trains a model at a task. train.py and finetune.py each bring a task. It has `script`,
+`tokenizer`, `data_sha256`, `tokens_per_step` and
 
-    begin(model)                             what is to be remembered of the model at the start
-    rows(first, count)                       rows of the endless list that the run works through
-    loss(model, rows, step_rows, step)       what `rows`, some of the step's, add to its mean loss
-    evaluate(model, context, processes, few=None)     figures by name, val_loss among them
-    sample(model)                            text to look at after an evaluation
-    take_figures()                           figures of the steps since the last call
-    state(), restore(model, saved)           what a checkpoint holds of the task
+    begin(model)                         remembers what it needs of the model at the start
+    rows(first, count)                   rows of the endless list that the run works through
+    loss(model, rows, step_rows, step)   what `rows`, a part of the step's, add to its mean loss
+    evaluate(model, context, processes, few=None)   figures by name, val_loss among them
+    sample(model)                        text to look at after an evaluation
+    take_figures()                       figures of the steps since the last call
+    state(), restore(model, saved)       what a checkpoint holds of the task
 """
 
 import math
@@ -28,45 +28,54 @@ from glass.progress import say
 from glass.settings import defaults_of, with_role
 from model import GPTConfig
 
-MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which a run ends
+MAX_SKIPPED = 20  # a run ends after this many steps in a row without a finite gradient
 
 
 def settle(given, Settings, script):
     """(settings, chosen, state): this run's settings, and the checkpoint it goes on from, or None.
 
-    `chosen` has every setting as it was given or by default, nothing derived: checkpoints keep
-    that, so that a resumed run derives anew. On resumption the checkpoint's settings are the base
-    and given ones override them: fixed ones are refused by name, tunable ones named in a line, free
-    ones pass.
+    `chosen` is a dict of every setting as given or by default, with nothing derived. Checkpoints
+    keep it, so a resumed run derives settings anew. When a run is resumed, given settings override
+    those of the checkpoint: tunable ones are named in a line, free ones pass. Raises ValueError, by
+    name, for any other setting that differs.
     """
     init_from = given.get("init_from", Settings.init_from)
     can_resume = checkpoint.saved_steps(given.get("out_dir", Settings.out_dir))
-    if init_from != "resume" and not (init_from == "auto" and can_resume):
+    resumes = init_from == "resume" or (init_from == "auto" and can_resume)
+    if not resumes:
         chosen = defaults_of(Settings) | given
         return Settings(**chosen), chosen, None
     out_dir = str(given.get("out_dir") or checkpoint.newest_run())
-    state = checkpoint.load(out_dir)
+    try:
+        state = checkpoint.load(out_dir)
+    except checkpoint.NoneIsWhole as error:
+        if init_from == "resume":
+            raise
+        say(f"WARNING: {error}; init_from=auto starts anew and sets them aside")
+        chosen = defaults_of(Settings) | given
+        return Settings(**chosen), chosen, None
     before = state["settings"]
     made_by = "finetune.py" if "task" in before else "train.py"
     if made_by != script:
         raise ValueError(
             f"the run in {out_dir} was made by {made_by}, not {script}: "
-            f"python {made_by} --init_from=resume --out_dir={out_dir}"
+            f"run python {made_by} --init_from=resume --out_dir={out_dir}"
         )
     tunable, free = with_role(Settings, "tunable"), with_role(Settings, "free")
     changed = {name: value for name, value in given.items() if value != before.get(name)}
     for name in sorted(changed.keys() - tunable - free):
         raise ValueError(
-            f"{name}={changed[name]} but the run in {out_dir} has {name}={before.get(name)}, which its "
-            "weights and state depend on: leave it, or start a new run"
+            f"{name}={changed[name]} but the run in {out_dir} has {name}={before.get(name)}, "
+            "which its weights and state depend on: leave it, or start a new run"
         )
     if named := sorted(changed.keys() & tunable):
         changes = (f"{name}={changed[name]} (was {before.get(name)})" for name in named)
         say("resuming with " + ", ".join(changes))
-    if given.get("max_iters", before["max_iters"]) < state["step"]:
+    max_iters = given.get("max_iters", before["max_iters"])
+    if max_iters < state["step"]:
         raise ValueError(
-            f"max_iters={given.get('max_iters', before['max_iters'])} but the run in {out_dir} has made "
-            f"{state['step']} steps: give more, or start a new run"
+            f"max_iters={max_iters} but the run in {out_dir} has made {state['step']} steps: "
+            "give more, or start a new run"
         )
     origin = {"init_from": before["init_from"], "out_dir": out_dir, "overwrite": False}
     chosen = defaults_of(Settings) | before | given | origin
@@ -74,18 +83,17 @@ def settle(given, Settings, script):
 
 
 def resumed_config(state, settings):
-    """The GPTConfig of a checkpoint's model, with those of its settings that this run may choose."""
+    """The GPTConfig of a checkpoint's model, with the settings that this run may choose."""
     choosable = with_role(GPTConfig, "tunable") | with_role(GPTConfig, "free")
     chosen = {name: getattr(settings, name) for name in choosable}
     return GPTConfig(**state["model_config"] | chosen)
 
 
 def claim_folder(settings, resumes):
-    """(settings, lock): settings with an out_dir that no other run has; the folder is made and
-    locked.
+    """(settings, lock): settings with the out_dir of this run, and a lock on that folder.
 
-    A folder that holds a run is left alone and the next free name taken, unless the run is resumed
-    or overwrite is set, which removes the old run.
+    The folder is made if it does not exist. A folder that holds a run is left alone, and the next
+    free name is taken. But a resumed run keeps its folder, and overwrite removes the old run.
     """
     wanted = folder = str(Path(settings.out_dir))
     may_reuse = resumes or settings.overwrite or settings.init_from == "auto"
@@ -94,18 +102,22 @@ def claim_folder(settings, resumes):
         number += 1
         folder = f"{wanted}-{number}"
     if number > 1:
-        say(
-            f"{wanted} holds a run already, so this one goes to {folder} (--overwrite=True reuses it)"
-        )
+        advice = "--overwrite=True reuses it"
+        say(f"{wanted} holds a run already, so this one goes to {folder} ({advice})")
     Path(folder).mkdir(parents=True, exist_ok=True)
     held = lock(folder, f"out_dir={folder}")
     if settings.overwrite and not resumes:
         checkpoint.remove_run(folder)
+    if not resumes:
+        checkpoint.set_aside(folder)
     return replace(settings, out_dir=folder), held
 
 
 def holds_run(folder):
-    return (Path(folder) / "config.json").exists() or bool(checkpoint.saved_steps(folder))
+    """Whether a run has left anything in the folder."""
+    names = ("config.json", *checkpoint.LEFT_BEHIND)
+    has_files = any((Path(folder) / name).exists() for name in names)
+    return has_files or bool(checkpoint.saved_steps(folder))
 
 
 class Run:
@@ -123,12 +135,13 @@ class Run:
         self.saved_step, self.skipped_in_a_row = None, 0
 
     def restore(self, state):
-        """Go on where a checkpoint's state stands; rates and the like stay those of this run's
-        settings.
+        """Go on from the state of a checkpoint.
+
+        Learning rates and other options stay as the settings of this run have them.
         """
         self.model.load_state_dict(state["model"])
         load_moments(self.optimizers, state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():  # one that was disabled saved nothing
+        if state["scaler"] and self.scaler.is_enabled():  # a disabled scaler saved nothing
             self.scaler.load_state_dict(state["scaler"])
         self.task.restore(self.model, state["task"])
         self.step = self.saved_step = state["step"]
@@ -136,13 +149,13 @@ class Run:
         self.evaluated_step = state["evaluated_step"]
         self.evaluations_without_better = state["evaluations_without_better"]
         if self.best_step == self.step and self.processes.is_main:
-            checkpoint.mark_best(
-                self.folder, self.step
-            )  # the run may have been killed just before that
+            # The run may have been killed just before it did this.
+            checkpoint.mark_best(self.folder, self.step)
 
     def save(self):
-        """Write the checkpoint of this step, once, from the main process. Where it fails, training
-        goes on.
+        """Write the checkpoint of this step, once, from the main process.
+
+        If that fails, training goes on.
         """
         if not self.processes.is_main or self.saved_step == self.step:
             return
@@ -170,11 +183,10 @@ class Run:
             )
 
     def note_evaluation(self, val_loss, is_final):
-        """Count the evaluation of this step, and make its checkpoint the best where the loss is the
-        lowest.
+        """Count the evaluation of this step, and mark its checkpoint as best if the loss is lowest.
 
-        A resumed run may evaluate its first step again: that counts once. Where the run ends here,
-        the checkpoint is written once more, with this evaluation in it.
+        A resumed run may evaluate its first step again; this counts once. is_final: the run ends
+        here, so the checkpoint is written once more, with this evaluation in it.
         """
         if self.evaluated_step == self.step:
             return
@@ -192,18 +204,26 @@ class Run:
             try:
                 checkpoint.mark_best(self.folder, self.step)
             except OSError as error:
-                say(f"WARNING: best.pt is not that of step {self.step}: {error}; training goes on")
+                say(
+                    f"WARNING: best.pt is not the checkpoint of step {self.step}: {error}; "
+                    "training goes on"
+                )
 
     def count_skipped(self, grad_norm):
-        """Count steps in a row whose gradient is not finite. Raises ValueError after MAX_SKIPPED."""
+        """Count the steps in a row whose gradient is not finite.
+
+        Raises ValueError after MAX_SKIPPED of them.
+        """
         self.skipped_in_a_row = 0 if math.isfinite(grad_norm) else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise ValueError(
-                f"the gradient of {MAX_SKIPPED} steps in a row, up to {self.step}, is not finite: lower "
-                f"learning_rate={self.settings.learning_rate} and resume; {self.last_checkpoint()}"
+                f"the gradient of {MAX_SKIPPED} steps in a row, up to {self.step}, is not finite: "
+                f"lower learning_rate={self.settings.learning_rate} and resume; "
+                f"{self.last_checkpoint()}"
             )
 
     def last_checkpoint(self):
+        """Where the last checkpoint is, in words."""
         steps = checkpoint.saved_steps(self.folder)
         if not steps:
             return "there is no checkpoint yet"
@@ -211,19 +231,21 @@ class Run:
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGUSR1 (Slurm's warning), so that the loop saves and stops.
+    """Notes the signals on which the loop saves and stops.
 
-    A second SIGINT ends the process at once: nothing is half written, since files are renamed into
+    SIGINT is Ctrl-C, SIGHUP a closed terminal, SIGUSR1 Slurm's warning before the end. A second
+    SIGINT ends the process at once. No file is left half written, because files are renamed into
     place.
     """
 
     def __init__(self):
-        self.received = 0
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
+        self.received = 0  # the number of the last signal
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has only the first two
                 signal.signal(getattr(signal, name), self.note)
 
     def note(self, number, frame):
+        """Remember a signal; end at the second SIGINT."""
         if number == self.received == signal.SIGINT:
             os._exit(128 + number)
         self.received = number

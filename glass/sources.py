@@ -314,34 +314,69 @@ def read_table(path):
     path = Path(path)
     if path.suffix not in TABLES:
         raise ValueError(f"{path} ends in {path.suffix!r}: needed is one of {' '.join(TABLES)}")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix in (".csv", ".tsv"):
-            reader = csv.DictReader(
-                file, delimiter="," if path.suffix == ".csv" else "\t", restkey="", restval=None
-            )
-            for row in reader:
-                yield (
-                    f"{path} line {reader.line_num}",
-                    {key: value for key, value in row.items() if key and value is not None},
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix in (".csv", ".tsv"):
+                yield from read_cells(path, file)
+            elif path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        where = f"{path} line {number}"
+                        yield where, parse_json(line, where, dict)
+            else:
+                for number, item in enumerate(parse_json(file.read(), path, list), 1):
+                    where = f"{path} item {number}"
+                    yield where, check_is(item, where, dict)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason}): save it as UTF-8, as Excel's 'CSV UTF-8' does"
+        ) from error
+
+
+def read_cells(path, file):
+    """(where, row as a dict) of a table with a header.
+
+    A .tsv has no quoting: a quote is a quote. A .csv is read strictly. Raises ValueError for a row
+    that has more or fewer cells than the header.
+    """
+    csv.field_size_limit(1 << 30)  # Python's own limit is 131,072 characters
+    if path.suffix == ".csv":
+        reader = csv.reader(file, strict=True)
+    else:
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue
+            where = f"{path} line {reader.line_num}"
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{where} has {len(cells)} cells but the header has {len(header)} "
+                    f"({', '.join(header)}): correct it, in a .csv with quotes around text with commas"
                 )
-        elif path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path} line {number}", parse_json(line, f"{path} line {number}", dict)
-        else:
-            for number, item in enumerate(parse_json(file.read(), path, list), 1):
-                yield f"{path} item {number}", item
+            yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} line {reader.line_num} is no CSV ({error}): correct it"
+        ) from error
 
 
 def parse_json(text, where, kind):
+    """What JSON text holds. Raises ValueError, naming the place, for anything but `kind`."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}): correct it") from error
+    return check_is(value, where, kind)
+
+
+def check_is(value, where, kind):
+    """value, if it is of a type. Raises ValueError, naming the place, if it is not."""
     if not isinstance(value, kind):
-        raise ValueError(
-            f"{where} is a {type(value).__name__}, needed is a {kind.__name__}: correct it"
-        )
+        names = {dict: "an object", list: "a list"}
+        found = names.get(type(value), f"{value!r:.40}")
+        raise ValueError(f"{where} is {found}, needed is {names[kind]}: correct it")
     return value
 
 

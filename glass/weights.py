@@ -56,14 +56,13 @@ DOWNLOADED = [
 
 @dataclass
 class Layout:
-    """How Hugging Face writes one architecture. In a module's name, * is the number of the block."""
+    """How Hugging Face writes one architecture. In module names, * is the number of the block."""
 
     architecture: str
     model_type: str
     prefix: str  # of every tensor but the head's; files of the bare model lack it
     modules: dict  # their module: ours; if it names several of ours, theirs joins them
-    # their key: (our setting, its value if config.json has none); ... means that the key is
-    # required
+    # their key: (our setting, its value if config.json has none); ... means the key is required
     settings: dict
     # their key: the values that we compute, the default first; None means no such key, or null
     supported: dict
@@ -359,13 +358,13 @@ def tensor_names(layout, state, prefix):
 
 
 def as_stored(tensors, is_transposed):
-    """Our tensors (out, in) as one tensor of their file: joined by rows, then perhaps transposed."""
+    """Our tensors as one of their file: joined by rows (out, in), or transposed to (in, out)."""
     tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return tensor.T if is_transposed else tensor
 
 
 def check_overrides(folder, config, overrides):
-    """Raise ValueError for settings that a model does not have, or that change what weights mean."""
+    """Raise ValueError for settings that no model has, or that change what the weights mean."""
     if unknown := overrides.keys() - {field.name for field in fields(GPTConfig)}:
         raise ValueError(
             f"{' '.join(sorted(unknown))} is no setting of a model: see GPTConfig in model.py"
@@ -473,7 +472,7 @@ def read_tensor(path, name):
 
 
 def published_config(config):
-    """(layout, config): the Layout that computes the same as a GPTConfig, and its config.json, a dict.
+    """(layout, config): the Layout that computes the same as a GPTConfig, and its config.json.
 
     Raises ValueError, by name, for settings that the published class cannot express.
     """
@@ -546,7 +545,7 @@ def published_tensors(model, layout):
 
 
 def save_pretrained(model, folder, tokenizer=None):
-    """Write a folder that transformers' AutoModelForCausalLM loads, and AutoTokenizer with a tokenizer.
+    """Write a model, and its tokenizer if given, as a folder that transformers loads.
 
     Biases that GPT-2 has and the model lacks are written as zeros, which computes the same. The
     folder appears whole or not at all. A folder that holds anything but an earlier export is left
@@ -590,7 +589,10 @@ def save_pretrained(model, folder, tokenizer=None):
 
 
 def published_stop_ids(tokenizer):
-    """The ids that end a text, as a list: those that a published model names, or else ours."""
+    """The ids that end a text, as a list: those of a published model, or else our own.
+
+    Of ours, end-of-text comes first.
+    """
     special = tokenizer.special_tokens
     ours = [special[name] for name in (bpe.END_OF_TEXT, bpe.END) if name in special]
     return getattr(tokenizer, "stop_ids", None) or ours
@@ -613,7 +615,8 @@ def load_adapter(model, path):
     try:
         with safe_open(path, framework="pt") as file:
             lora = json.loads((file.metadata() or {}).get("lora", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"adapter={path} is not a safetensors file ({error}): "
