@@ -938,7 +938,7 @@ def main():
     if given.command == "train":
         if given.out.exists() and not given.overwrite:
             raise ValueError(
-                f"--out={given.out} is there already: name another, or add --overwrite"
+                f"--out={given.out} is there already: name another file, or add --overwrite"
             )
         if given.out.exists() and any(given.out.samefile(path) for path in given.input):
             raise ValueError(f"--out={given.out} is the text itself: name another file")

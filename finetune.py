@@ -46,7 +46,7 @@ from glass.stage import Answered, Stage, answer_logprobs, bag_of_tokens, labels_
 from model import GPT, Free, GPTConfig, Tunable, require
 
 LORA = {"lora_rank", "lora_alpha", "lora_targets"}
-ONLY = {  # settings that one task alone follows
+SETTINGS_OF_TASK = {  # settings that only one task uses
     "classify": {"balance", "prefix_weight", "lm_weight"},
     "prefer": {"dpo_beta"},
     "reinforce": {"reward", "group_size", "updates_per_sample", "clip", "kl_coef"},
@@ -61,22 +61,22 @@ class Settings(train.Settings):
 
     # what to tune, and on what
     task: Literal["classify", "instruct", "prefer", "reinforce"] = "instruct"  # the stage
-    init_from: Free[str] = "out/pydoc_char"  # a run's folder, gpt2, a folder | resume (in out_dir)
+    init_from: Free[str] = "out/pydoc_char"  # RUN_FOLDER | FOLDER | gpt2 | resume (in out_dir)
     dataset: str = "tasks"  # a name under data/, or a .csv, .tsv, .jsonl or .json file
-    out_dir: Free[str] = "out/finetune"  # the next free name is taken if it holds a run
-    val_share: float | None = None  # of all rows, which are then split anew by the seed
-    test_share: float | None = None  # likewise; None: 0.1, or as prepared if both are None
+    out_dir: Free[str] = "out/finetune"  # if it holds a run already, NAME-2, NAME-3 ...
+    val_share: float | None = None  # of the rows; both None: as prepared; one None: 0.1
+    test_share: float | None = None  # of the rows, likewise
     test_items: Free[int] = 500  # test rows that are answered or compared, before and after
     # what is trained
     trainable: Literal["all", "last_block", "head", "lora"] = "all"  # head: with the final norm
     freeze: str = ""  # names of parameters that stay as they are: "tok_emb* blocks.[0-2].*"
     # classify
-    balance: Literal["none", "undersample", "weights"] = "none"  # same size, or weight, of classes
+    balance: Literal["none", "undersample", "weights"] = "none"  # equal class sizes or weights
     prefix_weight: Tunable[float] = 0.0  # weight of classifying every prefix of a text too
     lm_weight: Tunable[float] = 0.0  # weight of predicting the text itself, beside its class
     # instruct, prefer, reinforce
     template: str = "auto"  # markers | alpaca | llama3 | chatml; auto: by the tokenizer's markers
-    exact_match: Free[bool | Literal["auto"]] = "auto"  # compare answers; auto: if rows have a kind
+    exact_match: Free[bool | Literal["auto"]] = "auto"  # score exact matches; auto: by the rows
     answer_tokens: Tunable[int] = 64  # longest answer that the model may give
     eval_answers: Free[int] = 200  # validation rows that are answered at an evaluation
     # prefer
@@ -85,7 +85,7 @@ class Settings(train.Settings):
     reward: Tunable[str | None] = None  # a file with reward(prompt, answer); None: exact match
     group_size: Tunable[int] = 8  # answers to each prompt; batch_size counts prompts
     updates_per_sample: Tunable[int] = 1  # steps on the same answers
-    clip: Tunable[float] = 0.2  # how far a token's probability ratio may move within them
+    clip: Tunable[float] = 0.2  # probability ratios are clipped to 1 +- this
     kl_coef: float = 0.0  # weight of the divergence from the model at the start
     # train.py's, with other defaults
     gradient_accumulation_steps: Tunable[int] = 1  # micro-steps of one step
@@ -99,7 +99,7 @@ class Settings(train.Settings):
     log_interval: Free[int] = 10  # steps between lines of metrics.jsonl
     weight_decay: Tunable[float] = 0.0  # of matrices and embeddings
 
-    EARLIER_NAMES = {"train": "trainable"}
+    EARLIER_NAMES = {"train": "trainable"}  # still understood: earlier name to present one
 
     def __post_init__(self):
         if self.lora_rank and self.trainable != "lora":
@@ -132,7 +132,7 @@ class Labelled(NamedTuple):
 
 
 class Classify(Stage):
-    """A class for each text, read at its last token, the end of the text: cross-entropy.
+    """Classify texts: a head reads the end-of-text token, trained with cross-entropy.
 
     Two more losses, both means over tokens, keep the model from memorising a small training set.
     With prefix_weight it classifies every prefix of a text too (target replication,
@@ -186,18 +186,18 @@ class Classify(Stage):
             labels_of_tokens = labels.repeat_interleave(lengths)
             total_weight = sum(class_weights[label] * len(ids) for ids, label in step_examples)
             summed = F.cross_entropy(logits, labels_of_tokens, class_weights, reduction="sum")
-            loss = loss + s.prefix_weight / total_weight * summed
+            loss = loss + (s.prefix_weight / total_weight) * summed
         if s.lm_weight:
             is_target = is_real[:, 1:]
             logits = model.head(hidden[:, :-1][is_target]).float()  # (targets, V)
             n_targets = max(1, sum(len(ids) - 1 for ids, _ in step_examples))
             summed = F.cross_entropy(logits, idx[:, 1:][is_target], reduction="sum")
-            loss = loss + s.lm_weight / n_targets * summed
+            loss = loss + (s.lm_weight / n_targets) * summed
         return loss
 
     @torch.no_grad()
     def predict(self, model, examples, context):
-        """The class logits of examples, (n, n_classes), and their labels, (n,), by length."""
+        """(class logits (n, n_classes), labels (n,)) of the examples, sorted by length."""
         model.eval()
         logits, labels = [], []
         for batch in self.batches(examples):
@@ -208,8 +208,8 @@ class Classify(Stage):
         model.train()
         return torch.cat(logits), torch.tensor(labels)
 
-    def evaluate(self, model, context, processes, few=None):
-        logits, labels = self.predict(model, self.val_examples(few), context)
+    def evaluate(self, model, context, processes, n_rows=None):
+        logits, labels = self.predict(model, self.val_examples(n_rows), context)
         accuracy = (logits.argmax(-1) == labels).float().mean().item()
         return {"val_loss": F.cross_entropy(logits, labels).item(), "val_accuracy": accuracy}
 
@@ -268,14 +268,16 @@ class Instruct(Stage):
             if not any(is_answer):
                 raise ValueError(f"{where}: the answer has no token: fill it in, or remove the row")
         kept = [example for example in examples if self.length(example) <= self.longest]
-        self.say_left_out(len(rows), len(kept), split, "longer than the")
+        self.say_left_out(len(rows), len(kept), split, f"longer than block_size={self.longest}")
         return kept
 
     @property
     def compares_answers(self):
-        """Whether answers are compared with the rows' own."""
+        """Whether the model's answers are compared with the rows' reference answers."""
         wanted = self.settings.exact_match
-        return "kind" in self.examples["train"][0].row if wanted == "auto" else wanted
+        if wanted == "auto":
+            return "kind" in self.examples["train"][0].row
+        return wanted
 
     def loss(self, model, examples, step_examples, step):
         logprobs, _ = answer_logprobs(model, examples)
@@ -285,13 +287,14 @@ class Instruct(Stage):
     def answer_loss(self, model, examples, context):
         """Mean loss of the answers' tokens, in nats."""
         model.eval()
-        total = n_scored = 0
+        total_loss = n_scored = 0
         for batch in self.batches(examples):
             with context:
                 logprobs, is_scored = answer_logprobs(model, batch)
-            total, n_scored = total - logprobs.sum().item(), n_scored + is_scored.sum().item()
+            total_loss += -logprobs.sum().item()
+            n_scored += is_scored.sum().item()
         model.train()
-        return total / max(1, n_scored)
+        return total_loss / max(1, n_scored)
 
     def prompt(self, row):
         """The ids of a row's conversation up to where its answer begins."""
@@ -309,7 +312,7 @@ class Instruct(Stage):
         return self.tokenizer.decode([token for token in ids if token not in self.stop])
 
     def own_answer(self, row):
-        """What the row itself answers."""
+        """The row's reference answer."""
         return messages_of(row, self.template)[-1]["content"]
 
     def right_answers(self, model, examples):
@@ -318,9 +321,9 @@ class Instruct(Stage):
         own = [self.own_answer(example.row) for example in examples]
         return [given.strip() == wanted.strip() for given, wanted in zip(answers, own, strict=True)]
 
-    def evaluate(self, model, context, processes, few=None):
-        figures = {"val_loss": self.answer_loss(model, self.val_examples(few), context)}
-        if self.compares_answers and few is None:
+    def evaluate(self, model, context, processes, n_rows=None):
+        figures = {"val_loss": self.answer_loss(model, self.val_examples(n_rows), context)}
+        if self.compares_answers and n_rows is None:
             chosen = spread(self.examples["val"], self.settings.eval_answers)
             right = self.right_answers(model, chosen)
             figures["val_exact_match"] = sum(right) / len(right)
@@ -378,7 +381,9 @@ class Prefer(Instruct):
                 )
             pairs.append(Pair(*pair))
         kept = [pair for pair in pairs if self.length(pair) <= self.longest]
-        self.say_left_out(len(rows), len(kept), split, "an answer ends beyond the")
+        self.say_left_out(
+            len(rows), len(kept), split, f"an answer ends after block_size={self.longest}"
+        )
         return kept
 
     def length(self, pair):
@@ -432,9 +437,10 @@ class Prefer(Instruct):
 
     @torch.no_grad()
     def preferences(self, model, pairs, context):
-        """Loss, accuracy and margin of pairs, and the loss of a chosen answer's token, in nats.
+        """Loss, accuracy and margin of pairs, and the chosen answers' mean loss per token, in nats.
 
-        The last should not rise far: DPO may also lower both answers, one less than the other.
+        chosen_loss should not rise much: DPO can make both answers less likely, the chosen one by
+        less.
         """
         model.eval()
         margins, chosen = [], []
@@ -453,8 +459,8 @@ class Prefer(Instruct):
             "chosen_loss": -chosen.sum().item() / n_tokens,
         }
 
-    def evaluate(self, model, context, processes, few=None):
-        figures = self.preferences(model, self.val_examples(few), context)
+    def evaluate(self, model, context, processes, n_rows=None):
+        figures = self.preferences(model, self.val_examples(n_rows), context)
         return {f"val_{name}": value for name, value in figures.items()}
 
     def test(self, model, context, folder=None):
@@ -470,9 +476,9 @@ class Prefer(Instruct):
 def grpo_loss(logprobs, old_logprobs, advantages, weight, settings, reference_logprobs=None):
     """GRPO's clipped objective, negative, as a mean over answer tokens.
 
-    logprobs, old_logprobs and reference_logprobs (B, T): of each token now, when the answers were
-    drawn, and under the reference model. weight (B, T): how often each token was drawn, 0 for
-    prompts and padding. advantages (B,).
+    logprobs, old_logprobs and reference_logprobs (B, T): of each token under the current model, the
+    one that drew the answers, and the reference model. weight (B, T): how often each token was
+    drawn, 0 for prompts and padding. advantages (B,).
     """
     s, A = settings, advantages[:, None]
     ratio = (logprobs - old_logprobs).exp()
@@ -489,11 +495,11 @@ class Reinforce(Instruct):
 
     The answers to one prompt are a group. An answer's advantage is (reward - mean) / standard
     deviation over its group. The objective is clipped as in PPO, and averaged over the tokens of
-    all groups whose rewards differ: equal rewards teach nothing. kl_coef adds the divergence from
-    the reference model, which is the model before training, over all answers.
+    all groups with unequal rewards: equal ones teach nothing. With kl_coef, all groups are kept and
+    the divergence from the reference model, which is the model before training, is added.
     Source: arXiv:2402.03300; the mean over tokens and the choice of groups: arXiv:2503.14476.
 
-    Where rows have a kind, kinds whose groups often differ are drawn more often.
+    Where rows have a kind, kinds whose groups often have unequal rewards are drawn more often.
     """
 
     def __init__(self, settings, records, model, tokenizer):
@@ -501,7 +507,7 @@ class Reinforce(Instruct):
             settings.reward
         )  # read first, so that a wrong one ends the run at once
         super().__init__(settings, records, model, tokenizer)
-        self.reward = reward
+        self.reward_function = reward
         self.tokens_per_step *= settings.group_size  # as if every answer were as long as the row's
         self.sampled = None  # what `draw` gave last
         self.reference_model = None
@@ -516,7 +522,7 @@ class Reinforce(Instruct):
         examples, s = super().encode(rows, split), self.settings
         room = self.longest - s.answer_tokens
         kept = [example for example in examples if len(self.prompt(example.row)) <= room]
-        why = f"with answer_tokens={s.answer_tokens} longer than the"
+        why = f"with answer_tokens={s.answer_tokens} longer than block_size={self.longest}"
         self.say_left_out(len(examples), len(kept), split, why)
         return kept
 
@@ -564,8 +570,10 @@ class Reinforce(Instruct):
             (i // G, tuple(ids)) for i, ids in enumerate(answers)
         ]  # (place of the prompt, answer)
         counts = Counter(pairs)
-        reward = {(i, ids): self.reward_of(examples[i].row, self.text_of(ids)) for i, ids in counts}
-        rewards = torch.tensor([reward[pair] for pair in pairs]).view(-1, G)  # (prompts, G)
+        reward_of_pair = {}
+        for i, ids in counts:
+            reward_of_pair[i, ids] = self.reward_of(examples[i].row, self.text_of(ids))
+        rewards = torch.tensor([reward_of_pair[pair] for pair in pairs]).view(-1, G)  # (prompts, G)
         differs = rewards.amax(1) > rewards.amin(1)  # (prompts,)
         self.note(
             reward=rewards.mean().item(),
@@ -574,9 +582,12 @@ class Reinforce(Instruct):
         )
         self.count_differing(examples, differs.tolist())
         mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True, correction=0)
-        advantages = (rewards - mean) / (deviation + 1e-6) * differs[:, None]
+        advantages = (rewards - mean) / (deviation + 1e-6)
+        advantages = advantages * differs[:, None]
         advantage_of = dict(zip(pairs, advantages.flatten().tolist(), strict=True))
-        kept = [(i, ids) for i, ids in counts if s.kl_coef or differs[i]] or list(counts)
+        kept = [(i, ids) for i, ids in counts if differs[i]]
+        if s.kl_coef or not kept:  # a step without any answer would have no loss
+            kept = list(counts)
         return {
             "sequences": [[*prompts[i], *ids] for i, ids in kept],
             "is_answer": [[False] * len(prompts[i]) + [True] * len(ids) for i, ids in kept],
@@ -593,10 +604,10 @@ class Reinforce(Instruct):
             self.differing[kind] = (32 * fraction + sum(of_kind)) / (32 + len(of_kind))
 
     def reward_of(self, row, text):
-        """The reward of an answer: the function's, or without one 1 for an exact match, else 0."""
-        if self.reward is None:
+        """The value of the reward function. Without a function: 1 for an exact match, 0 otherwise."""
+        if self.reward_function is None:
             return float(text.strip() == self.own_answer(row).strip())
-        value = self.reward(messages_of(row, self.template)[-2]["content"], text)
+        value = self.reward_function(messages_of(row, self.template)[-2]["content"], text)
         with contextlib.suppress(TypeError, ValueError):
             if math.isfinite(float(value)):
                 return float(value)
@@ -609,12 +620,12 @@ class Reinforce(Instruct):
         if step % self.settings.updates_per_sample == 0:
             self.sampled = self.draw(model, examples)
         drawn = self.sampled
-        answered = [
-            Answered(*both, None)
-            for both in zip(drawn["sequences"], drawn["is_answer"], strict=True)
-        ]
+        masks = zip(drawn["sequences"], drawn["is_answer"], strict=True)
+        answered = [Answered(ids, is_answer, row=None) for ids, is_answer in masks]
         logprobs, is_scored = answer_logprobs(model, answered)  # (B, T - 1)
-        old_logprobs = drawn.setdefault("old_logprobs", logprobs.detach()).to(self.device)
+        if "old_logprobs" not in drawn:  # the first update on these answers
+            drawn["old_logprobs"] = logprobs.detach()
+        old_logprobs = drawn["old_logprobs"].to(self.device)
         reference_logprobs = None
         if self.reference_model:
             with torch.no_grad():
@@ -625,9 +636,9 @@ class Reinforce(Instruct):
             logprobs, old_logprobs, advantages, weight, self.settings, reference_logprobs
         )
 
-    def evaluate(self, model, context, processes, few=None):
+    def evaluate(self, model, context, processes, n_rows=None):
         """The mean reward of greedy answers; val_loss is its negative, so that lower is better."""
-        n = self.settings.eval_answers if few is None else few
+        n = self.settings.eval_answers if n_rows is None else n_rows
         examples = spread(self.examples["val"], n)
         answers = self.answers(model, examples)
         rewards = [self.reward_of(e.row, text) for e, text in zip(examples, answers, strict=True)]
@@ -654,9 +665,10 @@ def build_model(settings, records, state):
     if s.template == "markers" and s.task != "classify":
         tokenizer = bpe.with_special_tokens(tokenizer, (*MARKERS.values(), bpe.END))
     labels = labels_of(records) if s.task == "classify" else None
-    keeps_head = labels and base_state and base_state["task"].get("labels") == labels
+    old_labels = base_state["task"].get("labels") if base_state else None
+    keeps_head = labels is not None and old_labels == labels
     changed = {name: getattr(s, name) for name in CHOOSABLE}
-    changed["n_classes"] = labels and len(labels)
+    changed["n_classes"] = len(labels) if labels else None
     changed["vocab_size"] = max(base.config.vocab_size, tokenizer.vocab_size)
     torch.manual_seed(s.seed)
     model = GPT(replace(base.config, **changed))
@@ -672,16 +684,16 @@ def build_model(settings, records, state):
 
 
 def freeze(model, settings):
-    """Leave only those parameters trainable that --trainable and --freeze name."""
+    """Freeze every parameter outside of --trainable, and those that match --freeze."""
     s = settings
     last_block = f"blocks.{len(model.blocks) - 1}."
-    head = ("head.", "tok_emb.", "final_norm.")
+    head = ("head.", "tok_emb.", "final_norm.")  # a tied head goes by the name of tok_emb
     if s.task == "classify":
         head = ("classifier.", "final_norm.")
         if not model.config.tie_weights and not s.lm_weight:
             model.head.weight.requires_grad_(False)  # classes do not pass through it
     prefixes = {
-        "all": ("",),
+        "all": ("",),  # every name begins with nothing
         "head": head,
         "last_block": (last_block, *head),
         "lora": ("classifier.",),
@@ -709,23 +721,25 @@ def freeze(model, settings):
 
 def check_given(given):
     """ValueError for settings that fine-tuning would not follow."""
-    with_model = {field.name for field in fields(GPTConfig)} - CHOOSABLE - {"block_size"}
-    if named := " ".join(sorted(with_model & given.keys())):
+    architecture = {field.name for field in fields(GPTConfig)} - CHOOSABLE - {"block_size"}
+    if named := " ".join(sorted(architecture & given.keys())):
         raise ValueError(
             f"{named} come from the model that is tuned, {given['init_from']}: leave them out"
         )
-    idle = {"eval_iters", "loss_chunk"} & given.keys() | (
-        {"compile"} if given.get("compile") is True else set()
-    )
+    idle = {"eval_iters", "loss_chunk"} & given.keys()
+    if given.get("compile") is True:
+        idle.add("compile")
     if idle:
         raise ValueError(
             f"{' '.join(sorted(idle))} would do nothing in fine-tuning: leave them out"
         )
     task = given.get("task", Settings.task)
-    for other, names in ONLY.items():
+    for other, names in SETTINGS_OF_TASK.items():
         named = " ".join(sorted(names & given.keys()))
         if named and task != other and given["init_from"] != "resume":
-            raise ValueError(f"{named} would do nothing with task={task}: it is of task={other}")
+            raise ValueError(
+                f"{named} would do nothing with task={task}, only with task={other}: leave it out"
+            )
     if count_processes() > 1:
         raise ValueError("finetune.py runs in one process: start it with python, not torchrun")
 
@@ -752,7 +766,7 @@ def main(argv):
     records = read_records(s)
     if state and state["data"] != records.sha256:
         raise ValueError(
-            f"dataset={s.dataset} is not what {s.out_dir} was trained on: put that back, "
+            f"dataset={s.dataset} is not what {s.out_dir} was trained on: restore it, "
             "or start a new run"
         )
     if device.type == "cpu":

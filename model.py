@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 # The role of a setting when a run is resumed. An unmarked one is fixed, since the saved weights and
-# state depend on it; a Tunable one may change, and is named when it does; a Free one just may.
+# state depend on it. A Tunable one may change, and the change is reported. A Free one may change
+# silently.
 T_ = TypeVar("T_")
 Tunable = Annotated[T_, "tunable"]
 Free = Annotated[T_, "free"]
@@ -31,12 +32,15 @@ LINEAR_LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"  # of 
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def require(settings, names, is_possible, says):
-    """ValueError for the first of the named settings that is given but not possible."""
+def require(settings, names, is_possible, requirement):
+    """ValueError for the first named setting that is given but not possible.
+
+    `requirement` completes the error's "must ...", as in "be at least 1".
+    """
     for name in names.split():
         value = getattr(settings, name)
         if value is not None and not is_possible(value):
-            raise ValueError(f"{name}={value} must {says}")
+            raise ValueError(f"{name}={value} must {requirement}")
 
 
 @dataclass
@@ -56,14 +60,14 @@ class GPTConfig:
     n_embd: int = 768  # channels
     head_dim: int | None = None  # channels of a head; None: n_embd / n_head
     n_inner: int | None = None  # MLP channels; None: 4 n_embd, or about 8/3 n_embd for swiglu
-    dropout: Tunable[float] = 0.0  # fraction of embeddings and parts' outputs dropped in training
-    attn_dropout: Tunable[float | None] = None  # the same of attention weights; None: dropout
+    dropout: Tunable[float] = 0.0  # dropout rate of embeddings and of attention and MLP outputs
+    attn_dropout: Tunable[float | None] = None  # dropout rate of attention weights
     bias: bool = False  # biases in linear layers and LayerNorms
     qkv_bias: bool | None = None  # biases of the query, key and value projections; None: bias
     o_bias: bool | None = None  # bias of attention's output projection; None: bias
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, MLP and head
     norm_eps: float = 1e-5  # added to the variance or mean square
-    mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = "gelu"  # gelu by tanh is GPT-2's
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = "gelu"  # gelu: by tanh, as in GPT-2
     pos: Literal["learned", "rope"] = "learned"  # an embedding, or rotated queries and keys
     rope_theta: float = 10000.0  # the longest wavelength is about 2 pi rope_theta positions
     rope_scaling: dict | None = None  # Llama 3.1's, with the keys that llama3() below writes
@@ -74,7 +78,7 @@ class GPTConfig:
     zero_init: bool = False  # output projections and an untied head start at zero
     loss_chunk: Free[int | None] = None  # compute the loss this many tokens at a time: less memory
     attention: Free[Literal["auto", "sdpa", "explicit"]] = "auto"  # auto: the faster one
-    lora_rank: int | None = None  # rank of the trained products beside frozen matrices
+    lora_rank: int | None = None  # rank of LoRA's matrices; None: no LoRA
     lora_alpha: float = 16.0  # LoRA's products are scaled by lora_alpha / lora_rank
     lora_targets: str = LINEAR_LAYERS  # the linear layers that get LoRA
     n_classes: int | None = None  # classes of a head on the last token; None: no such head
@@ -140,8 +144,8 @@ class GPTConfig:
 def rope_frequencies(config):
     """Radians per position of each rotated pair of channels, (D / 2,) float32 on the CPU.
 
-    Llama 3.1's scaling keeps the pairs that turn often within the original context, divides by
-    `factor` the frequency of those that turn less than once, and blends in between.
+    Llama 3.1's scaling leaves the fast pairs as they are, divides the frequency of pairs that turn
+    less than once in the original context by `factor`, and interpolates in between.
     Source: arXiv:2104.09864; Meta's llama-models, apply_scaling.
     """
     channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
@@ -199,14 +203,15 @@ class KVCache:
     """Keys and values of the positions seen so far, in every layer, for decoding.
 
     Row b has seen `lengths[b]` of at most max_len positions. Rows of different lengths are
-    right-padded and prefilled together, then get their true lengths by `set_rows`. What lies beyond
-    a row's length is never attended to, and is overwritten as the row grows. With `static`, all of
-    max_len is attended to, masked, and shapes stay the same at every step, for torch.compile.
+    right-padded and prefilled together, then get their true lengths by `set_rows`. The mask hides
+    what lies beyond a row's length, and the row overwrites it as it grows. With `static`, keys and
+    values always have max_len positions, so that shapes stay the same for torch.compile.
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
-        # one tensor a layer: a compiled step would copy a joint one whole to change a slice of it
+        # One tensor for each layer: of a single one for all layers, a compiled step would copy
+        # everything to update a slice.
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.ids = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
@@ -217,9 +222,10 @@ class KVCache:
         )
 
     def set_rows(self, lengths, source, static=False):
-        """Make row b a copy of row source[b], with lengths[b] real positions: (B,) each."""
-        if len(self.ids) < len(lengths):  # equal rows were prefilled once
-            self.k, self.v = ([store[source] for store in stores] for stores in (self.k, self.v))
+        """Set the true lengths (B,). Where fewer rows were prefilled, row b copies row source[b]."""
+        if len(self.ids) < len(lengths):  # a prompt of several rows was prefilled once
+            self.k = [k[source] for k in self.k]
+            self.v = [v[source] for v in self.v]
             self.ids = self.ids[source]
         self.length, self.static = int(lengths.max()), static
         rows_differ = bool((lengths != self.length).any())
@@ -236,7 +242,9 @@ class KVCache:
                 "make it longer"
             )
         new = torch.arange(T, device=self.device)
-        return self.length + new if self.lengths is None else self.lengths[:, None] + new
+        if self.lengths is None:
+            return self.length + new
+        return self.lengths[:, None] + new
 
     def attended(self, T):
         """S, the number of positions that the next T tokens attend to at most."""
@@ -250,7 +258,8 @@ class KVCache:
                 store[:, :, self.length : S] = new
             else:
                 rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
-                store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, Hkv, D)
+                # two index tensors with a slice between them: the left side is (B, T, Hkv, D)
+                store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
     def previous(self, idx, positions):
@@ -281,7 +290,9 @@ def attention_weights(q, k, mask):
     """Softmax of q k^T / sqrt(D): q (B, H, T, D), k (B, Hkv, S, D) -> (B, H, T, S)."""
     B, H, T, D = q.shape
     Hkv, S = k.shape[1:3]
-    q = (q * D**-0.5).reshape(B, Hkv, H // Hkv * T, D)  # the heads of a group, one after the other
+    group_size = H // Hkv
+    # the queries that share a key/value head, stacked along T
+    q = (q * D**-0.5).reshape(B, Hkv, group_size * T, D)
     scores = (q @ k.transpose(-2, -1)).view(B, H, T, S)
     if mask is not None:
         scores = scores + mask.to(scores.dtype)
@@ -298,16 +309,17 @@ def explicit_attention(q, k, v, mask, dropout):
 
 def sdpa_attention(q, k, v, mask, dropout):
     """The same by torch's fused kernels, which never hold all of the weights."""
-    square = q.shape[2] == k.shape[2]  # only there is the kernels' own causal mask the right one
-    causal = mask is not None and mask.ndim == 2 and square
-    attn_mask = None if causal or mask is None else mask.to(q.dtype)
+    is_square = q.shape[2] == k.shape[2]  # the kernels' own causal mask is only right where T == S
+    causal = mask is not None and mask.ndim == 2 and is_square
+    needs_mask = mask is not None and not causal
+    attn_mask = mask.to(q.dtype) if needs_mask else None
     p = dropout.p if dropout.training else 0.0
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask, p, is_causal=causal, enable_gqa=gqa)
 
 
 def auto_attention(q, k, v, mask, dropout):
-    """The faster of the two: explicit for short blocks on a CPU, sdpa otherwise.
+    """The faster of the two: explicit for few positions (T S) on a CPU, sdpa otherwise.
 
     A training step on two cores, explicit against sdpa: 17 against 28 ms (0.8M parameters, T 64),
     149 against 178 ms (3.2M parameters, T 256).
@@ -356,13 +368,15 @@ QUERIES_KEYS = {  # by (qk_norm, pos): what happens to queries and keys before t
 class Dropout(nn.Dropout):
     """nn.Dropout that draws one byte per value on a CPU, so p is rounded to a multiple of 1/256.
 
-    torch draws eight bytes, in one thread: 25 of 185 ms a step (3.2M parameters, 8 x 256 tokens).
+    torch draws eight bytes per value in one thread, which took 25 of the 185 ms of a step (3.2M
+    parameters, 8 x 256 tokens).
     """
 
     def forward(self, x):
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
         dropped = round(256 * self.p)  # of 256
+        # each random int64 supplies eight random bytes
         numbers = torch.empty(math.ceil(x.numel() / 8), dtype=torch.int64).random_(-(2**63), None)
         kept = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * (kept * (256 / (256 - dropped))).to(x.dtype)
@@ -390,7 +404,7 @@ class LoRALinear(nn.Linear):
         """An nn.Linear that computes the same: W + B A alpha / r, summed in float32."""
         has_bias = self.bias is not None
         linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
-        product = self.scale * self.lora_b.float() @ self.lora_a.float()
+        product = (self.scale * self.lora_b.float()) @ self.lora_a.float()
         linear.weight = nn.Parameter((self.weight.float() + product).to(self.weight.dtype))
         linear.bias = self.bias
         return linear
@@ -458,7 +472,7 @@ ACTIVATIONS = {"gelu": gelu_by_tanh, "gelu_exact": F.gelu, "relu2": relu_squared
 class MLP(nn.Module):
     """Two linear layers with a nonlinearity between them.
 
-    GPT-2's GELU is approximated by tanh; the exact one takes a third of the time on a CPU.
+    GPT-2's GELU is approximated by tanh; the exact GELU is three times as fast on a CPU.
     ReLU squared: arXiv:2109.08668.
     """
 
@@ -515,7 +529,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# What the settings smear, embed_skip and loss_chunk put in place of the plain way.
+# Plain and alternative versions of three functions; `smear`, `embed_skip` and `loss_chunk` choose.
 
 
 def embed_tokens(tok_emb, idx, positions, cache):
@@ -584,7 +598,7 @@ def draw(probs, generator=None):
     source = device if generator is None else generator.device
     uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=source, generator=generator)
     drawn = torch.searchsorted(cumulative, uniform.to(device) * cumulative[:, -1:], right=True)
-    # clamped, since nothing passes where a model has diverged and its logits are NaN
+    # the NaN logits of a diverged model give an index out of range, which is clamped
     return drawn.clamp(max=probs.shape[-1] - 1).to(probs.device)
 
 
@@ -618,7 +632,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Fresh weights, in reading order: GPT-2's N(0, 0.02), biases zero, norms one."""
         std = 0.02
-        # L blocks add 2 L sums to the residual stream, which is to keep its scale
+        # 2 L outputs are added to the residual stream: 1 / sqrt(2 L) keeps its variance
         residual_std = (
             0.0 if self.config.zero_init else std / math.sqrt(2 * max(1, len(self.blocks)))
         )
@@ -648,7 +662,7 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(
                 f"{T} tokens do not fit in block_size={self.config.block_size}: "
-                "shorten the text or enlarge it"
+                "shorten the text or raise block_size"
             )
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         S = T if cache is None else cache.attended(T)
@@ -676,14 +690,16 @@ class GPT(nn.Module):
         """(logits, loss): logits (B, T, V) in float32, and the mean cross-entropy in nats.
 
         idx (B, T) int64; targets (B, T), already shifted: targets[b, t] follows idx[b, t], and -100
-        is not scored. The loss is None without targets, the logits with targets and loss_chunk.
+        is not scored. Without targets, loss is None. With targets and loss_chunk, logits is None.
         """
         x = self.hidden(idx, cache)  # (B, T, C)
         if targets is None:
             return self.head(x).float(), None
         total, logits = self.cross_entropy(self.head, x.flatten(0, 1), targets.flatten())
         n_scored = (targets != -100).sum().clamp(min=1)  # a mean over nothing would be NaN
-        return logits if logits is None else logits.view(*idx.shape, -1), total / n_scored
+        if logits is not None:
+            logits = logits.view(*idx.shape, -1)
+        return logits, total / n_scored
 
     def classify(self, idx, lengths):
         """Class logits (B, n_classes) in float32 of right-padded rows: idx (B, T), lengths (B,)."""
@@ -710,9 +726,10 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Extend each row of idx (B, T) by max_new_tokens ids -> (B, T + max_new_tokens).
 
-        temperature=0 takes the likeliest id; top_k draws among the k likeliest. Past block_size
-        only the last half of the text is kept. Each new token costs a whole forward pass: this is
-        the reference for glass.generate.generate, which is fast and does more.
+        temperature=0 takes the likeliest id; top_k draws among the k likeliest. When the text
+        outgrows block_size, the model goes on with its last block_size / 2 tokens. Each new token
+        costs a whole forward pass: this is the reference for glass.generate.generate, which is
+        fast and does more.
         """
         window = idx  # what the model sees of the text
         for _ in range(max_new_tokens):
@@ -732,7 +749,7 @@ class GPT(nn.Module):
     def new_cache(self, batch_size, max_len):
         """An empty KVCache for batch_size rows of at most max_len positions.
 
-        Its dtype is that of the weights, or autocast's inside of it.
+        Its dtype is that of the weights, or autocast's where autocast is on.
         """
         if max_len > self.config.block_size:
             raise ValueError(
@@ -766,7 +783,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, **overrides):
-        """A model with published weights, GPT-2's or Llama's kind: see glass/weights.py."""
+        """A model with published GPT-2 or Llama weights: see glass/weights.py."""
         from glass import weights
 
         return weights.load_pretrained(name_or_folder, **overrides)
@@ -784,13 +801,14 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Floating-point operations of training on one token of a sequence of T (None: block_size).
 
-        Training costs three forward passes. In one, each weight of a matrix product costs 2, and
-        the two attention products cost 4 H D T, masked half included. Looking up costs nothing.
+        One forward pass costs 2 per matrix weight, and 4 H D T per layer for attention, masked
+        positions included. An embedding lookup costs nothing. Training costs three forward passes.
         Source: PaLM, arXiv:2204.02311, appendix B.
         """
         config, T = self.config, T or self.config.block_size
         looked_up = sum(p.numel() for p in self.pos_emb.parameters())
-        looked_up += 0 if config.tie_weights else self.tok_emb.weight.numel()
+        if not config.tie_weights:  # a tied matrix is also the head, and multiplies
+            looked_up += self.tok_emb.weight.numel()
         attention = 4 * config.n_layer * config.n_head * config.head_dim * T
         return 3 * (2 * (self.parameter_count() - looked_up) + attention)
 
@@ -812,9 +830,10 @@ class GPT(nn.Module):
 
 
 def config_among(settings, vocab_size):
-    """The GPTConfig among the settings of a script that extend it, for a tokenizer's vocabulary."""
+    """The model's part of a script's settings, as a GPTConfig with the tokenizer's vocab_size."""
     shape = {field.name: getattr(settings, field.name) for field in fields(GPTConfig)}
-    return GPTConfig(**shape | {"vocab_size": vocab_size})
+    shape["vocab_size"] = vocab_size
+    return GPTConfig(**shape)
 
 
 # Shapes of published models: Radford et al. 2019, table 2; arXiv:2407.21783, table 3; Llama 3.2's
@@ -840,7 +859,7 @@ def llama3(factor=None, **shape):
 
 
 def modern(**shape):
-    """The parts of config/shakespeare_char.py, which RECIPE.md found to pay."""
+    """The parts of config/shakespeare_char.py, which lowered the loss in RECIPE.md."""
     parts = dict(mlp="gelu_exact", pos="rope", qk_norm=True, tie_weights=False)
     parts |= dict(zero_init=True, smear=True, embed_skip=True)
     return GPTConfig(vocab_size=50257, block_size=1024, **parts, **shape)
@@ -859,8 +878,7 @@ PRESETS = {
     "llama3.1-70b": llama3(8.0, **SEVENTY_B),
     "llama3.2-1b": llama3(32.0, n_layer=16, n_head=32, n_embd=2048, n_inner=8192),
     "llama3.2-3b": llama3(32.0, n_layer=28, n_head=24, n_embd=3072, n_inner=8192),
-    "modern-124m": modern(
-        n_layer=12, n_head=6, n_embd=768
-    ),  # no weights: GPT-2's size, 128 channels a head
+    # no published weights: sizes of GPT-2 with heads of 128 channels
+    "modern-124m": modern(n_layer=12, n_head=6, n_embd=768),
     "modern-355m": modern(n_layer=24, n_head=8, n_embd=1024),
 }

@@ -1,20 +1,19 @@
-"""Text to shards of tokens, data/NAME/train_000000.bin ..., and meta.json, which says what is in
-them.
+"""Turn text into shards of tokens: data/NAME/train_000000.bin ..., and a meta.json about them.
 
-    python prepare.py pydoc                                          # always there: no network
+    python prepare.py pydoc                                          # needs no network
     python prepare.py shakespeare_char                               # one token per character
-    python prepare.py mytext --input notes.txt more/ 'logs/*.jsonl'  # your own: .txt .jsonl .jsonl.gz .parquet
+    python prepare.py mytext --input notes.txt more/ 'logs/*.jsonl'  # your own text
     python prepare.py mytext --input notes.txt --tokenizer train:4096
 
-A shard is raw little-endian uint16 (uint32 above 65,536 ids) without a header. meta.json is written
-last: without it there is no dataset. A document is a .txt file, a JSON line or a table row;
-end-of-text stands between documents. Fewer than 100 documents: the last tenth of the characters are
-validation, as in nanoGPT. More: by a hash of the document, so that a document stays in its split
-when others are added.
+It reads .txt, .md, .jsonl, .jsonl.gz and .parquet. A document is a text file, a JSON line or a
+table row; end-of-text stands between documents. If there are fewer than 100 documents, the last
+tenth of the characters is for validation, as in nanoGPT. If there are 100 or more, a hash of each
+document decides, so a document stays in its split when others are added.
 
-Text of any size is read as a stream of pieces; worker processes tokenize, and this one writes.
-progress.json remembers how many pieces are done, so that an interrupted run continues there and
-ends in the same bytes.
+A shard is raw little-endian uint16 (uint32 above 65,536 ids) without a header. meta.json is written
+last; without it there is no dataset. Text of any size is read as a stream of pieces. Worker
+processes tokenize, and this process writes. progress.json says how many pieces are done, so an
+interrupted run continues there and ends with the same bytes.
 """
 
 import codecs
@@ -43,9 +42,9 @@ from glass.sources import SOURCES, fetch, find_file
 PIECE = 100_000  # characters that one call of a tokenizer gets
 BATCH = 500_000  # characters that one call of a worker gets
 BLOCK = 1 << 18  # bytes read from a file at a time
-SAVE_SECONDS = 2.0
-PROGRESS = "progress.json"  # how far an interrupted run came
-TRAINED_ON = 100_000_000  # characters of a long text that a tokenizer is trained on
+SAVE_SECONDS = 2.0  # between two writes of the progress
+PROGRESS = "progress.json"  # how far an interrupted run got
+TRAINED_ON = 100_000_000  # a tokenizer is trained on this many characters of a long text
 
 
 @dataclass
@@ -53,47 +52,53 @@ class Settings:
     name: str = ""  # the dataset: one of the table in sources.py, or your own with --input
     input: list[str] | None = None  # files, folders or globs to read; None: what the table says
     tokenizer: str | None = None  # char | word | gpt2 | FILE | train:SIZE; None: the table's
-    text_key: str = "text"  # where the text stands in a JSON line or table row
-    errors: str = "strict"  # strict: bytes that are not UTF-8 end it; replace: U+FFFD for them
+    text_key: str = "text"  # the key of the text in a JSON line or table row
+    errors: str = "strict"  # for bytes that are not UTF-8; strict: an error; replace: U+FFFD
     val_fraction: float | None = None  # share of validation text; None: the table's, or 0.1
-    shard_tokens: int = 100_000_000  # tokens of one shard
+    shard_tokens: int = 100_000_000  # tokens per shard
     workers: int | None = None  # processes that tokenize; None: one per core
-    overwrite: bool = False  # make again a dataset that is there
+    overwrite: bool = False  # make a dataset again that is there already
+    allow_unknown: bool = False  # even if a given tokenizer does not know a tenth of the text
 
     def __post_init__(self):
-        """Take what is None from the table; ValueError for what is impossible."""
+        """Fill in what is None from the table. Raises ValueError for impossible settings."""
         if not self.name:
             raise ValueError(
-                f"no dataset is named: add one of {' '.join(SOURCES)}, or any name with --input FILE"
+                "no dataset is named: "
+                f"add one of {' '.join(SOURCES)}, or any name with --input FILE"
             )
         if self.name not in SOURCES and not self.input:
             raise ValueError(
-                f"dataset {self.name!r} is unknown: add --input FILE, or take one of {' '.join(SOURCES)}"
+                f"dataset {self.name!r} is unknown: "
+                f"add --input FILE, or choose one of {' '.join(SOURCES)}"
             )
         source = SOURCES.get(self.name)
         if self.input and source and source.records and not source.downloads:
             raise ValueError(
-                f"dataset {self.name} is generated and reads nothing: leave --input out"
+                f"dataset {self.name} is generated, so it reads no --input: leave that out"
             )
-        self.tokenizer = self.tokenizer or (source.tokenizer if source else "gpt2")
+        if not self.tokenizer:
+            self.tokenizer = source.tokenizer if source else "gpt2"
         if self.val_fraction is None:
             self.val_fraction = source.val_fraction if source else 0.1
         if self.errors not in ("strict", "replace"):
             raise ValueError(f"errors={self.errors!r} must be strict or replace")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be at least 0 and below 1")
-        if self.shard_tokens < 1 or self.workers is not None and self.workers < 1:
-            raise ValueError(
-                f"shard_tokens={self.shard_tokens} and workers={self.workers} must be at least 1"
-            )
+        if self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1")
 
 
-# Reading: files to documents, each in pieces that a tokenizer can take one by one.
+# Reading. Files give documents, and a document is an iterable of pieces that a tokenizer can take.
 
 
 def input_files(settings):
-    """The files to read, in order; a folder stands for the text files in it. Downloads what the
-    table names.
+    """The files to read, as a list, in order.
+
+    A folder stands for the text files in it. Without --input, downloads what the table names.
+    Raises FileNotFoundError or ValueError if there is nothing to read.
     """
     if settings.input is None:
         folder = folder_of(settings.name)
@@ -105,41 +110,42 @@ def input_files(settings):
         return [find_file(folder, file) or fetch(folder, file) for file in downloads]
     files = []
     for name in settings.input:
-        found = (
-            [Path(name)]
-            if Path(name).exists()
-            else sorted(map(Path, glob.glob(name, recursive=True)))
-        )
+        if Path(name).exists():
+            found = [Path(name)]
+        else:
+            found = sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
             raise FileNotFoundError(f"--input {name} is not there: give a file, a folder or a glob")
         for path in found:
-            inside = sorted(path.rglob("*")) if path.is_dir() else []
-            files += (
-                [file for file in inside if file.name.endswith(tuple(READERS))]
-                if path.is_dir()
-                else [path]
-            )
+            if path.is_dir():
+                inside = sorted(path.rglob("*"))
+                files += [file for file in inside if file.name.endswith(tuple(READERS))]
+            else:
+                files.append(path)
     if not files:
         raise ValueError(
-            f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}"
+            f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}: "
+            "give another"
         )
     return files
 
 
 def read_documents(path, settings):
-    """The documents of a file, each an iterable of pieces to be read before the next document is
-    taken.
+    """The documents of a file, as an iterable.
+
+    The pieces of one document must be read before the next document is taken.
     """
     suffix = next((suffix for suffix in READERS if path.name.endswith(suffix)), ".txt")
     return READERS[suffix](path, settings)
 
 
 def read_txt(path, settings):
+    """Yield the only document of a text file."""
     yield pieces_of_file(path, settings.errors)
 
 
 def pieces_of_file(path, errors):
-    """The text of a file in pieces, the same ones as if all of it was in memory."""
+    """Yield the text of a file in the same pieces as if all of it were in memory."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     rest, done = "", 0
     with open(path, "rb") as file:
@@ -152,7 +158,7 @@ def pieces_of_file(path, errors):
             used = 0
             for piece in bpe.pieces_of(rest, PIECE):
                 if len(rest) - used < PIECE + bpe.LONGEST_PIECE:
-                    break  # where to cut may depend on what follows
+                    break  # the cut may depend on what follows
                 yield piece
                 used += len(piece)
             rest = rest[used:]
@@ -164,12 +170,15 @@ def pieces_of_file(path, errors):
 
 
 def not_utf8(path, offset):
+    """A ValueError for a file that is not UTF-8."""
     return ValueError(
         f"{path} is not UTF-8 at byte {offset:,}: convert it to UTF-8, or use --errors=replace"
     )
 
 
 def read_jsonl(path, settings):
+    """Yield the text of each JSON line, in pieces. Raises ValueError, with the line, for others."""
+    key = settings.text_key
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -184,29 +193,33 @@ def read_jsonl(path, settings):
                 raise ValueError(
                     f"{path} line {number} is not JSON ({error}): correct or remove it"
                 ) from None
-            if not isinstance(record, dict) or not isinstance(record.get(settings.text_key), str):
-                found = sorted(record) if isinstance(record, dict) else type(record).__name__
-                key = settings.text_key
+            if not isinstance(record, dict):
                 raise ValueError(
-                    f"{path} line {number} has no text under {key!r} but {found}: use --text_key"
+                    f"{path} line {number} is a {type(record).__name__} but must be an object "
+                    f"with a text under {key!r}: correct or remove it"
                 )
-            yield bpe.pieces_of(record[settings.text_key], PIECE)
+            if not isinstance(record.get(key), str):
+                raise ValueError(
+                    f"{path} line {number} has no text under {key!r}, only {sorted(record)}: "
+                    "name the key with --text_key"
+                )
+            yield bpe.pieces_of(record[key], PIECE)
 
 
 def read_parquet(path, settings):
+    """Yield the text of each row of a table, in pieces."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from None
+    key = settings.text_key
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
         columns = table.schema_arrow.names
-        if settings.text_key not in columns:
+        if key not in columns:
             raise ValueError(
-                f"{path} has no column {settings.text_key!r} but {columns}: use --text_key"
+                f"{path} has no column {key!r}, only {columns}: name the column with --text_key"
             )
-        for rows in table.iter_batches(
-            batch_size=256, columns=[settings.text_key], use_threads=False
-        ):
+        for rows in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
             for text in rows.column(0).to_pylist():
                 yield bpe.pieces_of(text or "", PIECE)
 
@@ -221,53 +234,56 @@ READERS = {
 
 
 def all_documents(settings, files):
-    """Every document of the dataset, as an iterable of pieces."""
+    """Yield every document of the dataset, as an iterable of pieces."""
     if settings.input is None and SOURCES[settings.name].documents:
-        yield from (bpe.pieces_of(text, PIECE) for text in generated_documents(settings.name))
+        for text in generated_documents(settings.name):
+            yield bpe.pieces_of(text, PIECE)
     for path in files:
         yield from read_documents(path, settings)
 
 
 @functools.cache
 def generated_documents(name):
-    """The documents of a dataset that is always there; kept, since they are gone through more than
-    once.
-    """
+    """The documents of a generated dataset, as a list. Kept, because they are read repeatedly."""
     return list(SOURCES[name].documents())
 
 
-# Splitting, and the batches that workers get.
+# Splitting, and the batches for the workers.
 
 
 def train_characters(settings, files):
-    """How many characters go to train where there are fewer than 100 documents; None where there
-    are more.
+    """How many characters are for training, or None if there are 100 documents or more.
+
+    Raises ValueError if there is no text.
     """
     characters = documents = 0
     for document in all_documents(settings, files):
-        found = sum(map(len, document))
-        characters, documents = characters + found, documents + (found > 0)
+        length = sum(map(len, document))
+        characters += length
+        documents += length > 0
         if documents == 100:
             return None
     if not characters:
-        raise ValueError(f"the text of {settings.name} is empty: give files with text in them")
+        raise ValueError(f"the text of {settings.name} is empty: give files that hold text")
     return int(characters * (1 - settings.val_fraction))
 
 
 def split_pieces(settings, files, left):
-    """(split, text, begins) of each piece in order; begins: a document begins here that is not the
-    first of its split.
+    """Yield (split, text, begins) for each piece, in order.
 
-    left: what train_characters gave. The hash of a document is that of its first piece.
+    begins: whether a document begins here that is not the first of its split, so that end-of-text
+    comes before it. left: what train_characters gave. If that is None, the hash of a document's
+    first piece decides on its split.
     """
     begun = {"train": False, "val": False}
     for document in all_documents(settings, files):
         in_document = set()
-        hashed = None
+        by_hash = None
         for piece in document:
             if left is None:
-                hashed = hashed or ("val" if hash_share(piece) < settings.val_fraction else "train")
-                parts = [(hashed, piece)]
+                if by_hash is None:
+                    by_hash = "val" if hash_share(piece) < settings.val_fraction else "train"
+                parts = [(by_hash, piece)]
             else:
                 parts = [("train", piece[:left]), ("val", piece[left:])]
                 left = max(0, left - len(piece))
@@ -280,13 +296,12 @@ def split_pieces(settings, files, left):
 
 def hash_share(text):
     """A number from 0 to 1 that depends on the text alone."""
-    return (
-        int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:6], "big") / 2**48
-    )
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def batches_of(pieces):
-    """Lists of pieces, of BATCH characters or a little more together."""
+    """Yield lists of pieces that have BATCH characters, or a little more, together."""
     batch, characters = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -298,42 +313,42 @@ def batches_of(pieces):
         yield batch
 
 
-WORKER = {}  # of a worker process: its tokenizer and dtype
+WORKER = {}  # in a worker process: its tokenizer and dtype
 
 
 def start_worker(tokenizer, dtype):
+    """Keep what the worker needs for every batch."""
     WORKER.update(tokenizer=tokenizer, dtype=dtype)
 
 
 def encode_batch(batch):
-    """{split: (tokens as bytes, documents begun, characters, bytes of text)} of a batch of pieces."""
+    """The tokens and counts of a batch of pieces, a dict by split.
+
+    An entry is (tokens as bytes, documents begun, characters, bytes of text).
+    """
     tokenizer, dtype = WORKER["tokenizer"], WORKER["dtype"]
     end_of_text = np.array([tokenizer.special_tokens[bpe.END_OF_TEXT]], dtype)
     results = {}
     for split, text, begins in batch:
         tokens, documents, characters, n_bytes = results.get(split, ([], 0, 0, 0))
-        tokens += [end_of_text] * begins + [encode_to_array(tokenizer, text).astype(dtype)]
-        results[split] = (
-            tokens,
-            documents + begins,
-            characters + len(text),
-            n_bytes + len(text.encode("utf-8")),
-        )
-    return {
-        split: (np.concatenate(tokens).tobytes(), *counts)
-        for split, (tokens, *counts) in results.items()
-    }
+        if begins:
+            tokens.append(end_of_text)
+        tokens.append(encode_to_array(tokenizer, text).astype(dtype))
+        n_bytes += len(text.encode("utf-8"))
+        results[split] = (tokens, documents + begins, characters + len(text), n_bytes)
+    encoded = {}
+    for split, (tokens, *counts) in results.items():
+        encoded[split] = (np.concatenate(tokens).tobytes(), *counts)
+    return encoded
 
 
 def encode_to_array(tokenizer, text):
-    """tokenizer.encode(text) as an array; tiktoken gives one without a list of Python's integers
-    between.
+    """tokenizer.encode(text) as an array: (tokens,) uint32.
+
+    tiktoken makes the array directly, without a list of Python ints.
     """
-    if (
-        isinstance(tokenizer, bpe.BPETokenizer)
-        and tokenizer.fast
-        and len(text) <= bpe.LONGEST_PIECE
-    ):
+    is_fast = isinstance(tokenizer, bpe.BPETokenizer) and tokenizer.fast
+    if is_fast and len(text) <= bpe.LONGEST_PIECE:
         return tokenizer.to_tiktoken().encode_to_numpy(text, disallowed_special=())
     return np.array(tokenizer.encode(text), np.uint32)
 
@@ -342,9 +357,9 @@ def encode_to_array(tokenizer, text):
 
 
 def prepare(settings):
-    """Make one dataset, or leave it alone if it is there; gives its folder.
+    """Make one dataset and give back its folder. A dataset that is there already is left alone.
 
-    New files are made in a folder inside, and replace the old ones once all of them are whole.
+    New files are made in a folder inside. They replace the old ones when all of them are whole.
     """
     folder = folder_of(settings.name)
     if (folder / META).is_file() and not settings.overwrite:
@@ -366,7 +381,7 @@ def prepare(settings):
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(
-            f"no space is left for {folder}: free some, run the same command again, it continues"
+            f"no space is left for {folder}: free some and run the same command again, it continues"
         ) from error
     finally:
         held.release()
@@ -377,18 +392,14 @@ def prepare(settings):
 
 
 def made_files(folder):
-    """The files of a dataset that a swap replaces."""
-    patterns = (
-        "train_*.bin",
-        "val_*.bin",
-        *(f"{split}.jsonl" for split in ("train", "val", "test")),
-    )
+    """The files of a dataset that new ones replace, as a list of paths."""
+    patterns = ("train_*.bin", "val_*.bin", "train.jsonl", "val.jsonl", "test.jsonl")
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def check_foreign(folder, settings):
-    """ValueError where the folder holds shards that another program made, unless they may go."""
-    is_ours = any((folder / name).exists() for name in (META, MAKING, "progress.json"))
+    """Raise ValueError if the folder holds another program's shards and overwrite is not set."""
+    is_ours = any((folder / name).exists() for name in (META, MAKING, PROGRESS))
     if settings.overwrite or is_ours or not made_files(folder):
         return
     raise ValueError(
@@ -398,21 +409,24 @@ def check_foreign(folder, settings):
 
 
 def replace_files(folder, meta):
-    """Put what is made in place of the old files. Whatever interrupts this, meta.json comes last."""
+    """Put the new files in place of the old ones. meta.json comes last, in case of interruption."""
     making = folder / MAKING
-    (making / PROGRESS).unlink(missing_ok=True)  # from here on, what is in it may be moved
+    (making / PROGRESS).unlink(missing_ok=True)  # no longer true once files are moved
     (folder / META).unlink(missing_ok=True)
     for old in made_files(folder):
         old.unlink()
     for new in making.iterdir():
         new.replace(folder / new.name)
     write_json(folder / META, meta)
-    (folder / PROGRESS).unlink(missing_ok=True)  # of an earlier version
+    (folder / PROGRESS).unlink(missing_ok=True)  # an earlier version kept it here
     making.rmdir()
 
 
 def prepare_text(settings, files):
-    """The meta.json of a text dataset, after its shards; goes on where an interrupted run stopped."""
+    """Write the shards of a text dataset, and give back the content of its meta.json, a dict.
+
+    Continues where an interrupted run stopped.
+    """
     making = folder_of(settings.name) / MAKING
     progress = start_progress(settings, files, making)
     tokenizer = bpe.load_tokenizer(progress["tokenizer"])
@@ -425,6 +439,7 @@ def prepare_text(settings, files):
         writers[split] = ShardWriter(making, split, dtype, settings.shard_tokens, about)
     write_shards(settings, files, progress, writers, (tokenizer, dtype))
     splits = {split: writer.about for split, writer in writers.items()}
+    check_unknown(settings, tokenizer, making, splits, dtype)
     digests = [shard["sha256"] for about in splits.values() for shard in about["shards"]]
     is_named = settings.name in SOURCES and settings.input is None
     about = SOURCES[settings.name].about if is_named else "own text"
@@ -441,12 +456,34 @@ def prepare_text(settings, files):
     }
 
 
+def check_unknown(settings, tokenizer, making, splits, dtype):
+    """Print how many tokens of the text a given tokenizer does not know.
+
+    Raises ValueError if it is more than a tenth, unless settings.allow_unknown is set.
+    """
+    unknown_id = tokenizer.special_tokens.get(bpe.UNKNOWN)
+    tokens = sum(about["tokens"] for about in splits.values())
+    if unknown_id is None or not Path(settings.tokenizer).is_file():
+        return  # a tokenizer that was trained on this text knows all of it
+    paths = [making / shard["file"] for about in splits.values() for shard in about["shards"]]
+    unknown = sum(int((np.fromfile(path, dtype) == unknown_id).sum()) for path in paths)
+    print(f"{unknown:,} of {tokens:,} tokens are unknown to {settings.tokenizer}")
+    if unknown > tokens / 10 and not settings.allow_unknown:
+        raise ValueError(
+            f"tokenizer={settings.tokenizer} does not know {unknown / tokens:.0%} of the text: "
+            "train one on it, or give --allow_unknown=True"
+        )
+
+
 def write_shards(settings, files, progress, writers, worker):
-    """Tokenize what is left of the text: workers tokenize, this process reads, writes, remembers."""
+    """Tokenize the rest of the text. The workers tokenize; this process reads, writes and saves."""
     todo = batches_of(split_pieces(settings, files, progress["left"]))
     todo = itertools.islice(todo, progress["batches"], None)
     first = list(itertools.islice(todo, 2))
-    n_workers = 1 if len(first) < 2 else settings.workers or os.cpu_count()
+    if len(first) < 2:  # starting processes would take longer
+        n_workers = 1
+    else:
+        n_workers = settings.workers or os.cpu_count()
     todo = itertools.chain(first, todo)
     results = bpe.map_in_processes(encode_batch, todo, n_workers, start_worker, worker)
     done = sum(writer.about["bytes"] for writer in writers.values())
@@ -468,7 +505,10 @@ def write_shards(settings, files, progress, writers, worker):
 
 
 def start_progress(settings, files, making):
-    """How far an interrupted run of the same settings and files came, or the start of a new one."""
+    """How far an interrupted run of the same settings and files got, or the start of a new one.
+
+    Gives a dict with the keys identity, batches, left, splits and tokenizer.
+    """
     identity = asdict(settings)
     del identity["workers"], identity["overwrite"]
     stats = [(path, path.stat()) for path in files]
@@ -484,7 +524,7 @@ def start_progress(settings, files, making):
 
 
 def read_progress(folder, identity):
-    """What save_progress wrote for the same settings and files, or None."""
+    """What `save_progress` wrote for the same settings and files, or None."""
     path = folder / PROGRESS
     if not path.is_file():
         return None
@@ -501,6 +541,7 @@ def read_progress(folder, identity):
 
 
 def save_progress(folder, progress, writers):
+    """Flush the shards to the disk, then note how far they are."""
     for split, writer in writers.items():
         writer.sync()
         progress["splits"][split] = writer.about
@@ -508,7 +549,7 @@ def save_progress(folder, progress, writers):
 
 
 def make_tokenizer(settings, files):
-    """The tokenizer that settings.tokenizer names, trained on the text where it has to be."""
+    """The tokenizer that settings.tokenizer names, trained on the text if it has to be."""
     choice = settings.tokenizer
     if choice == "gpt2":
         return bpe.BPETokenizer.from_gpt2()
@@ -521,9 +562,8 @@ def make_tokenizer(settings, files):
         if not choice[6:].isdecimal():
             raise ValueError(f"tokenizer={choice} must end in a vocabulary size: train:4096")
         beginning = itertools.islice(texts, TRAINED_ON // PIECE)
-        return bpe.BPETokenizer.train(
-            beginning, int(choice[6:]), processes=settings.workers, progress=True
-        )
+        size = int(choice[6:])
+        return bpe.BPETokenizer.train(beginning, size, processes=settings.workers, progress=True)
     if not Path(choice).is_file():
         raise FileNotFoundError(
             f"tokenizer={choice} is not there: use char, word, gpt2, train:4096 or a file"
@@ -532,18 +572,29 @@ def make_tokenizer(settings, files):
 
 
 def prepare_records(settings, source, files):
-    """The meta.json of supervised data whose {train,val,test}.jsonl are written: 80, 10 and 10%, by
-    a hash of the text where a record does not name its split. The same text never stands in two;
-    what stands there twice is kept once."""
+    """Write {train,val,test}.jsonl of supervised data, and give back the content of its meta.json.
+
+    A record may name its split; for others, a hash of the text decides: 80% train, 10% val, 10%
+    test. A text that occurs twice is kept once, so no two splits share it.
+    """
     making, records = folder_of(settings.name) / MAKING, {}
-    found = itertools.chain.from_iterable(map(source.records, files)) if files else source.records()
+    if files:
+        found = itertools.chain.from_iterable(map(source.records, files))
+    else:
+        found = source.records()
     for record in found:
         asked = [record[key] for key in ("text", "prompt", "instruction", "input") if key in record]
-        records.setdefault(" ".join("\n".join(asked).lower().split()), record)
+        normalised = " ".join("\n".join(asked).lower().split())
+        records.setdefault(normalised, record)
     splits = {"train": [], "val": [], "test": []}
     for text, record in records.items():
         share = hash_share(text)
-        split = "test" if share < 0.1 else "val" if share < 0.2 else "train"
+        if share < 0.1:
+            split = "test"
+        elif share < 0.2:
+            split = "val"
+        else:
+            split = "train"
         splits[record.pop("split", split)].append(record)
     for split, chosen in splits.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
@@ -559,17 +610,21 @@ def prepare_records(settings, source, files):
 
 
 def download_bytes(name):
-    """How many bytes prepare would download for this dataset: 0 where nothing is missing."""
+    """How many bytes `prepare` would download for a dataset; 0 if nothing is missing."""
     downloads = SOURCES[name].downloads if name in SOURCES else ()
     return sum(file.bytes for file in downloads if not find_file(folder_of(name), file))
 
 
 def main():
+    """Prepare the dataset that the command line names."""
     arguments = read_arguments(Settings, sys.argv[1:], positional="NAME")
     names = arguments.names
     if len(names) > 1:
         raise ValueError(f"names={names} are {len(names)} datasets: prepare one at a time")
-    prepare(Settings(**arguments.given | ({"name": names[0]} if names else {})))
+    given = dict(arguments.given)
+    if names:
+        given["name"] = names[0]
+    prepare(Settings(**given))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def load_model(settings):
         model, tokenizer, state = weights.load_run(folder, s.which)
         print(f"{folder}, step {state['step']}", file=sys.stderr)
     else:
-        model, tokenizer, state = weights.load_model(s.init_from, s.which, dtype)
+        load_dtype = torch.float32 if s.adapter else dtype  # an adapter knows its base by its bits
+        model, tokenizer, state = weights.load_model(s.init_from, s.which, load_dtype)
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(

@@ -1160,19 +1160,19 @@ def test_patience_counts_an_evaluation_once_over_a_resumption(workdir, capsys, m
     losses = iter([3.0, 2.0, 4.0, 5.0, 6.0])
     by_step, evaluate = {}, train.Pretraining.evaluate
 
-    def scripted(task, model, context, processes, few=None):
-        figures = evaluate(task, model, context, processes, few)
+    def scripted(task, model, context, processes, n_rows=None):
+        figures = evaluate(task, model, context, processes, n_rows)
         step = current["run"].step
         by_step.setdefault(step, next(losses)) if step not in by_step else None
         return figures | {"val_loss": by_step[step]}
 
-    current, look_back = {}, train.look_back
+    current, between_updates = {}, train.between_updates
 
     def noted(run, *arguments):
         current["run"] = run
-        return look_back(run, *arguments)
+        return between_updates(run, *arguments)
 
-    monkeypatch.setattr(train, "look_back", noted)
+    monkeypatch.setattr(train, "between_updates", noted)
     monkeypatch.setattr(train.Pretraining, "evaluate", scripted)
     words = [*TINY_RUN, "--eval_interval=2", "--checkpoint_interval=1", "--patience=2"]
     run_main(train.main, [*words, "--max_iters=4"], capsys)  # losses 3 and 2
@@ -1744,7 +1744,9 @@ def test_grpo_on_two_arms_has_the_gradient_of_the_closed_form():
 def test_answers_drawn_twice_count_twice(long_base):
     """The distinct answers with their counts have the loss and the gradient of all answers, one by one."""
     stage, model = stage_of("reinforce", "--batch_size=6", "--group_size=16", "--answer_tokens=2")
-    stage.reward = lambda prompt, answer: float(answer.startswith(("a", "b", "c", "d", "e")))
+    stage.reward_function = lambda prompt, answer: float(
+        answer.startswith(("a", "b", "c", "d", "e"))
+    )
     torch.manual_seed(0)
     drawn = stage.draw(model, stage.rows(0, 6))
     counts = drawn["counts"]
@@ -1842,6 +1844,22 @@ def test_lora_merged_and_as_an_adapter_computes_the_same(long_base, capsys):
         sample.main, ["--out_dir=out/small", "--adapter=out/tuned/adapter.safetensors"], capsys
     )
     assert status == 0
+
+
+def test_an_adapter_is_merged_into_its_own_base_alone_and_once(long_base, capsys):
+    tune("instruct", capsys, "--trainable=lora", "--learning_rate=0.05")
+    run_main(
+        train.main,
+        [*TINY_RUN, "--pos=rope", "--block_size=64", "--seed=5", "--out_dir=out/other"],
+        capsys,
+    )
+    for folder in (
+        "out/other",
+        "out/tuned",
+    ):  # another base of that shape, and one that holds it already
+        words = [f"--out_dir={folder}", "--adapter=out/tuned/adapter.safetensors"]
+        status, out, err = run_main(sample.main, words, capsys)
+        assert status == 2 and out == "" and "was trained on other weights than these" in err
 
 
 def test_new_markers_extend_tokenizer_and_embedding(long_base, capsys):
@@ -3317,6 +3335,15 @@ def test_damaged_folders_of_published_models_are_refused_in_one_line(tmp_path):
     assert "neither model.safetensors nor" in refusal(single)
     (single / "config.json").unlink()
     assert "no config.json" in refusal(single)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", 5])
+def test_an_index_that_names_files_elsewhere_is_refused(name, tmp_path):
+    published_model("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path.parent / "other.safetensors")
+    index = {"weight_map": {"transformer.wte.weight": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which is no file of the folder" in refusal(tmp_path)
 
 
 def test_names_of_published_models_lead_to_the_hub_or_to_one_clear_line(monkeypatch):

@@ -47,9 +47,9 @@ class Settings(GPTConfig):
     """Everything a run depends on: the model's settings, then these, named as in nanoGPT."""
 
     # what to train, and where it goes
-    init_from: Free[str] = "scratch"  # scratch | resume | auto (resume if it can) | gpt2, a folder
+    init_from: Free[str] = "scratch"  # scratch | resume | auto (resume if possible) | gpt2 | FOLDER
     dataset: str = "openwebtext"  # a name under data/, or a folder
-    out_dir: Free[str] = "out"  # checkpoints, metrics.jsonl, loss.png; -2, -3 ... if it holds a run
+    out_dir: Free[str] = "out"  # of all files; if it holds a run already, NAME-2, NAME-3 ...
     overwrite: Free[bool] = False  # reuse an out_dir that holds another run
     seed: Tunable[int] = 1337  # of weights, data order and noise
     # evaluation and logging
@@ -58,7 +58,7 @@ class Settings(GPTConfig):
     eval_only: Free[bool] = False  # evaluate once and stop
     log_interval: Free[int] = 1  # steps between lines of metrics.jsonl
     checkpoint_interval: Free[int | None] = None  # steps between checkpoints; None: eval_interval
-    always_save_checkpoint: Free[bool] = True  # nanoGPT's; here the last two and the best are kept
+    always_save_checkpoint: Free[bool] = True  # no effect: the last two and the best are kept
     sample_tokens: Free[int | None] = 100  # length of the text sampled after an evaluation, or None
     wandb_log: Free[bool] = False  # log to Weights & Biases too
     wandb_project: Free[str] = "glassgpt"  # its project
@@ -69,8 +69,8 @@ class Settings(GPTConfig):
     grad_clip: Tunable[float] = 1.0  # largest norm of the gradient; 0: no limit
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices alone
-    learning_rate: Tunable[float] = 6e-4  # largest, of AdamW
-    muon_lr: Tunable[float] = 0.02  # largest, of Muon; warms up and decays as learning_rate does
+    learning_rate: Tunable[float] = 6e-4  # peak learning rate of AdamW
+    muon_lr: Tunable[float] = 0.02  # peak learning rate of Muon; follows the same schedule
     momentum: Tunable[float] = 0.95  # of Muon
     muon_weight_decay: Tunable[float] = 0.0  # of Muon's matrices
     weight_decay: Tunable[float] = 0.1  # of the other matrices and embeddings
@@ -80,9 +80,9 @@ class Settings(GPTConfig):
     decay_lr: Tunable[bool] = True  # warm up and decay; else learning_rate throughout
     warmup_iters: Tunable[int] = 2000  # steps of linear warm-up
     lr_shape: Tunable[Literal["cosine", "linear"]] = "cosine"  # of the decay
-    cooldown: Tunable[float] = 1.0  # fraction of the steps, the last ones, in which linear decays
+    cooldown: Tunable[float] = 1.0  # final fraction of the steps, over which lr_shape=linear decays
     lr_decay_iters: Tunable[int | None] = 600000  # step at which the decay ends; None: max_iters
-    min_lr: Tunable[float] = 6e-5  # where the decay ends, in units of learning_rate's
+    min_lr: Tunable[float] = 6e-5  # AdamW's learning rate where the decay ends
     patience: Free[int | None] = None  # stop after this many evaluations without a better one
     max_minutes: Free[float | None] = None  # stop, with a checkpoint, after this time
     # machine
@@ -142,21 +142,21 @@ class Pretraining:
         idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (b, T) each
         return model(idx, targets)[1] * (len(rows) / len(step_rows))
 
-    def evaluate(self, model, context, processes, few=None):
+    def evaluate(self, model, context, processes, n_rows=None):
         """Loss, perplexity and bits per byte on the validation split.
 
-        Takes eval_iters evenly spaced batches, or with `few` that many windows.
+        Takes eval_iters evenly spaced batches, or n_rows windows if given.
         """
         s, shards = self.settings, self.dataset.splits["val"]
         batch_size, n_batches = s.batch_size, s.eval_iters
-        if few is not None:
-            batch_size = min(few, s.batch_size)
-            n_batches = few // batch_size
+        if n_rows is not None:
+            batch_size = min(n_rows, s.batch_size)
+            n_batches = n_rows // batch_size
         batches = evaluation_batches(shards, s.block_size, batch_size, n_batches)
         val_loss = estimate_loss(model, batches, context, processes)
-        # bits per byte, unlike nats per token, compare models of different tokenizers
+        # bits per byte, unlike nats per token, can be compared across tokenizers
         bits_per_byte = val_loss / math.log(2) / self.dataset.bytes_per_token["val"]
-        perplexity = math.exp(min(val_loss, 700.0))  # a float64 ends there
+        perplexity = math.exp(min(val_loss, 700.0))  # exp overflows float64 at 709.8
         return {
             "val_loss": val_loss,
             "val_perplexity": perplexity,
@@ -164,7 +164,7 @@ class Pretraining:
         }
 
     def sample(self, model):
-        """A text of sample_tokens tokens after a newline. Leaves the noise of training alone."""
+        """A text of sample_tokens tokens after a newline. Leaves training's random state alone."""
         s, was_training = self.settings, model.training
         model.eval()
         idx = torch.tensor([self.tokenizer.encode("\n")], device=model.device)
@@ -215,7 +215,7 @@ def train(run, progress):
     for step in range(run.step, s.max_iters + 1):
         run.step = step  # updates done
         with progress.paused():
-            stop, ends = look_back(run, context, progress, signals)
+            stop, ends = between_updates(run, context, progress, signals)
         if ends:
             return stop
 
@@ -229,7 +229,9 @@ def train(run, progress):
                 loss = task.loss(wrapped, rows[first : first + s.batch_size], rows, step)
             scaler.scale(loss).backward()
             progress.add(loss.detach())
-        rows = task.rows((step + 1) * G + processes.rank * share, share)  # while a GPU still works
+        rows = task.rows(
+            (step + 1) * G + processes.rank * share, share
+        )  # while the GPU is still busy
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -245,7 +247,7 @@ def train(run, progress):
         progress.updated(step + 1, grad_norm)
 
 
-def look_back(run, context, progress, signals):
+def between_updates(run, context, progress, signals):
     """Between two updates: save, evaluate, and see whether the run ends here.
 
     Gives (the signal received or 0, whether to end). Saves first, since an evaluation can run out
@@ -258,13 +260,13 @@ def look_back(run, context, progress, signals):
     ends = bool(step == s.max_iters or stop or out_of_time)
     if step and (ends or step % s.checkpoint_interval == 0):
         run.save()
-    glance_interval, few = glances(s)
+    glance_interval, n_rows = glances(s)
     if step and not stop and (ends or step % s.eval_interval == 0):
         figures = task.evaluate(run.model, context, processes)
         run.note_evaluation(figures["val_loss"], is_final=ends)
         progress.evaluated(figures)
-    elif step and not stop and few and step % glance_interval == 0:
-        progress.glanced(task.evaluate(run.model, context, processes, few), few)
+    elif step and not stop and n_rows and step % glance_interval == 0:
+        progress.glanced(task.evaluate(run.model, context, processes, n_rows), n_rows)
     is_stuck = s.patience is not None and run.evaluations_without_better >= s.patience
     return stop, ends or is_stuck
 
@@ -277,8 +279,12 @@ def glances(settings):
     """
     s = settings
     interval = max(1, s.max_iters // 10)
-    affordable_rows = interval * s.batch_size * s.gradient_accumulation_steps * 3 // 50
-    return interval, 0 if s.eval_interval <= interval else min(8 * s.batch_size, affordable_rows)
+    trained_rows = interval * s.batch_size * s.gradient_accumulation_steps
+    affordable_rows = trained_rows * 3 // 50
+    n_rows = min(8 * s.batch_size, affordable_rows)
+    if s.eval_interval <= interval:  # the evaluations themselves are as frequent
+        n_rows = 0
+    return interval, n_rows
 
 
 def compile_in_place(run):
@@ -291,7 +297,7 @@ def compile_in_place(run):
     try:
         with autocast(model.device, choose_dtype(s.dtype, model.device)):
             run.task.loss(model, rows, rows, 0).backward()
-    except Exception as error:  # whatever the compiler's parts raise where one is missing
+    except Exception as error:  # a missing part of the compiler can raise any type
         model._compiled_call_impl = None
         say(f"compile failed, training goes on without it ({checkpoint.first_line(error)})")
     model.zero_grad(set_to_none=True)
@@ -320,7 +326,7 @@ def check_dataset(settings, dataset, given, state):
     if state and (state["data"], state["tokenizer"]) != (dataset.sha256, dataset.tokenizer_dict):
         raise ValueError(
             f"{dataset.folder} is not the data that {settings.out_dir} was trained on (sha256 or "
-            "tokenizer differ): put that back, or start a new run"
+            "tokenizer differ): restore it, or start a new run"
         )
     tokens = sum(map(len, dataset.splits["val"]))
     if tokens < 2:
@@ -345,7 +351,7 @@ def build_model(settings, tokenizer, state):
     config, vocab_size = model.config, tokenizer.vocab_size
     if s.block_size > config.block_size or vocab_size > config.vocab_size:
         raise ValueError(
-            f"block_size={s.block_size} with tokens below {vocab_size}, but {s.init_from} takes "
+            f"block_size={s.block_size} and vocab_size={vocab_size}, but {s.init_from} takes "
             f"at most block_size={config.block_size} and vocab_size={config.vocab_size}: "
             "lower block_size, or prepare the text with its tokenizer"
         )
@@ -410,7 +416,7 @@ def start(settings, chosen, model, task, processes, state):
 
 
 def read_settings(argv):
-    """(the settings that argv gives, the names of those that stand on the command line itself).
+    """(the settings that argv gives, the names of those given on the command line itself).
 
     Without a config file, config/pydoc_char.py comes first.
     """
@@ -422,14 +428,16 @@ def read_settings(argv):
     from_files = {}
     for path in paths:
         from_files |= read_config_file(Settings, path)
-    options = {name for name in given if name not in from_files or given[name] != from_files[name]}
+    # `given` has both: what the files do not say in the same way comes from the command line
+    options = {name for name in given if (name, given[name]) not in from_files.items()}
     return from_files | given, options
 
 
 def with_model(settings, chosen, config, options):
-    """settings and chosen with the architecture of published weights, whose GPTConfig is `config`.
+    """(settings, chosen), both with the architecture of published weights, a GPTConfig.
 
-    Raises ValueError where the command line asks for another architecture.
+    chosen: the settings as given, before anything is derived; see glass.run.settle. Raises
+    ValueError where the command line asks for another architecture.
     """
     architecture = {name: getattr(config, name) for name in WITH_WEIGHTS - {"vocab_size"}}
     for name in sorted(architecture.keys() & options):
@@ -451,7 +459,7 @@ def main(argv):
             f"{count_processes()} processes: change either"
         )
     device = choose_device(settings.device)
-    choose_dtype(settings.dtype, device)
+    choose_dtype(settings.dtype, device)  # raises early for a wrong name
     dataset = open_or_prepare(settings.dataset)
     check_dataset(settings, dataset, given, state)
     processes = join_processes(device, settings.backend)
@@ -478,7 +486,7 @@ def main(argv):
     if lock:
         lock.release()
     processes.leave()
-    return 128 + stop if stop else 0
+    return (128 + stop) if stop else 0  # as shells do for signals
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ LEFT_BEHIND = "best.pt metrics.jsonl loss.png test.json confusion.png adapter.sa
 
 
 class NoneIsWhole(ValueError):
-    """There are checkpoints, and all of them are damaged."""
+    """Raised if there are checkpoints but all of them are damaged."""
 
 
 def checkpoint_path(folder, step):
@@ -234,7 +234,7 @@ def newest_run(root="."):
 
 
 def set_aside(folder):
-    """Rename the checkpoints of a folder, so that a new run there does not take them for its own."""
+    """Rename the checkpoints of a folder, so that a new run there does not load them."""
     for step in saved_steps(folder):
         path = checkpoint_path(folder, step)
         path.rename(path.with_suffix(".pt.damaged"))

@@ -42,7 +42,7 @@ class Progress:
             self.bar = tqdm(disable=hidden, **bar)
 
     def keep_metrics(self, path):
-        """Take over the metrics of an earlier life of the run, up to its last checkpoint."""
+        """Take over the metrics of a resumed run, and remove those from after its checkpoint."""
         if path.exists():
             run = self.run
             evaluates_again = run.step % run.settings.eval_interval == 0
@@ -142,12 +142,12 @@ class Progress:
         with warned_about(run.folder / "loss.png"):
             draw_losses(self.lines, run.folder / "loss.png")
 
-    def glanced(self, figures, few):
-        """Report an evaluation of only `few` validation rows, for the curve."""
+    def glanced(self, figures, n_rows):
+        """Report an evaluation of only n_rows validation rows, for the curve."""
         if not self.is_main:
             return
         step = self.run.step
-        say(f"step {step}: {described(figures)} (a look at {few} validation rows)")
+        say(f"step {step}: {described(figures)} (a look at {n_rows} validation rows)")
         quick = {QUICK + name: value for name, value in figures.items()}
         self.write(step=step, tokens=step * self.tokens_per_step, **quick)
 
@@ -170,7 +170,7 @@ class Progress:
 
 
 def read_metrics(path):
-    """The lines of metrics.jsonl as dicts. Torn or foreign ones are left out, with a word."""
+    """The lines of metrics.jsonl, a list of dicts. Torn or foreign lines are left out."""
     lines, torn = [], 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -189,7 +189,7 @@ def read_metrics(path):
 
 @contextlib.contextmanager
 def warned_about(path):
-    """A context in which a file that cannot be written is a warning; training goes on."""
+    """A context that turns a failure to write the file `path` into a warning."""
     try:
         yield
     except OSError as error:
@@ -204,7 +204,7 @@ def described(figures):
 def say(text):
     """Print above the progress bar, if there is one.
 
-    Where nobody reads any more (a closed pipe, a terminal that is gone), the rest is said to nobody.
+    If nobody reads any more (a closed pipe, a terminal that is gone), further text is dropped.
     """
     try:
         tqdm.write(str(text), file=sys.stdout)

@@ -6,7 +6,7 @@ A run trains a model at a task. train.py and finetune.py each bring a task. It h
     begin(model)                         remembers what it needs of the model at the start
     rows(first, count)                   rows of the endless list that the run works through
     loss(model, rows, step_rows, step)   what `rows`, a part of the step's, add to its mean loss
-    evaluate(model, context, processes, few=None)   figures by name, val_loss among them
+    evaluate(model, context, processes, n_rows=None)   figures by name, val_loss among them
     sample(model)                        text to look at after an evaluation
     take_figures()                       figures of the steps since the last call
     state(), restore(model, saved)       what a checkpoint holds of the task
@@ -59,7 +59,7 @@ def settle(given, Settings, script):
     if made_by != script:
         raise ValueError(
             f"the run in {out_dir} was made by {made_by}, not {script}: "
-            f"run python {made_by} --init_from=resume --out_dir={out_dir}"
+            f"python {made_by} --init_from=resume --out_dir={out_dir}"
         )
     tunable, free = with_role(Settings, "tunable"), with_role(Settings, "free")
     changed = {name: value for name, value in given.items() if value != before.get(name)}

@@ -1,9 +1,9 @@
-"""Tokens on disk: shards, meta.json beside them, and the rows and windows that are read from them.
+"""Tokens on disk: shards, the meta.json beside them, and the rows that are read from them.
 
 data/NAME/train_000000.bin, val_000000.bin ... hold raw little-endian uint16 (uint32 above 65,536
-ids) without a header. meta.json says what is in them and holds the tokenizer; it is written last,
-so without it there is no dataset. nanoGPT's train.bin and val.bin, and llm.c's shards with their
-header, are read as GPT-2's tokens. All of it is numpy: train.py makes tensors of it.
+ids) without a header. meta.json describes them and holds the tokenizer. It is written last, so
+without it there is no dataset. nanoGPT's train.bin and val.bin are also read, and llm.c's shards
+with their header; both hold GPT-2's tokens. This file is all numpy; train.py makes tensors of it.
 """
 
 import functools
@@ -20,16 +20,14 @@ from glass.files import sha256_of
 
 DATA = Path("data")
 META = "meta.json"
-MAKING = "making"  # a folder inside a dataset's, of files that are not finished
+MAKING = "making"  # the folder, inside a dataset's, of unfinished files
 GPT2_VOCAB_SIZE = 50_257
-LLMC_MAGIC, LLMC_HEADER = (
-    20240520,
-    256,
-)  # llm.c's header: 256 int32, being magic, version, tokens, 0 ...
+LLMC_MAGIC = 20240520
+LLMC_HEADER = 256  # int32 numbers: magic, version, number of tokens, then zeros
 
 
 def folder_of(name):
-    """Where a dataset lies; a name with a slash is a folder itself."""
+    """The folder of a dataset. A name with a slash is a folder itself."""
     return Path(name) if "/" in str(name) else DATA / name
 
 
@@ -37,13 +35,15 @@ def folder_of(name):
 
 
 def token_dtype(vocab_size):
-    """The numpy dtype of tokens on disk."""
+    """The numpy dtype of tokens on disk, as a string."""
     return "<u2" if vocab_size <= 65_536 else "<u4"
 
 
 class ShardWriter:
-    """Appends tokens to the shards of one split. `about` describes them, and suffices to go on
-    later.
+    """Appends tokens to the shards of one split.
+
+    `about` is a dict that describes what is written. With a saved `about`, a new writer goes on
+    there.
     """
 
     def __init__(self, folder, split, dtype, shard_tokens, about=None):
@@ -54,11 +54,11 @@ class ShardWriter:
         last = self.about["shards"][-1] if self.about["shards"] else None
         if last and "sha256" not in last:  # it was still growing when `about` was saved
             self.file = open(folder / last["file"], "r+b")
-            self.file.truncate(last["tokens"] * self.itemsize)  # what came after that
+            self.file.truncate(last["tokens"] * self.itemsize)  # drops what was written after that
             self.file.seek(0, os.SEEK_END)
 
     def append(self, tokens, documents, characters, n_bytes):
-        """Append tokens, given as bytes, and count what they were made from."""
+        """Append tokens, given as bytes, and count the documents, characters and bytes of text."""
         about = self.about
         begins_split = not about["tokens"]
         while tokens:
@@ -79,11 +79,13 @@ class ShardWriter:
         about["bytes"] += n_bytes
 
     def sync(self):
+        """Flush the open shard to the disk."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
 
     def close_shard(self):
+        """Finish the open shard, if there is one, and note its sha256."""
         if self.file:
             self.sync()
             self.file.close()
@@ -97,23 +99,22 @@ class ShardWriter:
 
 @dataclass
 class Dataset:
-    """A text dataset as open_dataset found it."""
+    """A text dataset, opened."""
 
     folder: Path
     tokenizer: bpe.Tokenizer
     tokenizer_dict: dict
-    meta: dict
+    meta: dict  # the content of meta.json
     splits: dict  # "train" and "val": a list of 1-D memory maps of tokens each
     bytes_per_token: dict  # of each split, for bits per byte
     sha256: str  # of all shards together
 
 
 def open_dataset(name):
-    """The Dataset in data/NAME, checked against its meta.json; without one nanoGPT's or llm.c's
-    files.
+    """The Dataset in data/NAME, checked against its meta.json.
 
-    Raises FileNotFoundError where nothing is prepared, ValueError where the files are not what
-    meta.json says.
+    Without a meta.json, nanoGPT's or llm.c's files are read. Raises FileNotFoundError if nothing is
+    prepared, and ValueError if the files are not what meta.json says.
     """
     folder = folder_of(name)
     if not (folder / META).is_file():
@@ -121,47 +122,50 @@ def open_dataset(name):
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
     if meta["kind"] != "text":
         raise ValueError(
-            f"dataset {name} is of kind={meta['kind']}, needed is text: finetune.py takes this one"
+            f"dataset {name} is of kind={meta['kind']} but must be of kind=text: "
+            "use it with finetune.py"
         )
     splits = {}
+    bytes_per_token = {}
     for split, about in meta["splits"].items():
         paths = [(folder / shard["file"], shard["tokens"]) for shard in about["shards"]]
         splits[split] = [map_own_shard(path, tokens, meta["dtype"]) for path, tokens in paths]
+        bytes_per_token[split] = about["bytes"] / max(1, about["tokens"])
     check_tokens(folder, splits, meta["vocab_size"])
     tokenizer = bpe.load_tokenizer(meta["tokenizer"])
-    bytes_per_token = {
-        split: about["bytes"] / max(1, about["tokens"]) for split, about in meta["splits"].items()
-    }
     identity = meta["tokenizer"], meta, splits, bytes_per_token, meta["sha256"]
     return Dataset(folder, tokenizer, *identity)
 
 
 def map_own_shard(path, tokens, dtype):
-    """A memory map of a shard. Raises ValueError where it does not have that many tokens."""
+    """A memory map of a shard: (tokens,). Raises ValueError if it has another number of tokens."""
     needed = tokens * np.dtype(dtype).itemsize
-    found = path.stat().st_size if path.is_file() else 0
-    if found != needed or not path.is_file():
-        raise ValueError(f"{path} has {found:,} bytes, {META} says {needed:,}: prepare it again")
+    n_bytes = path.stat().st_size if path.is_file() else 0
+    if n_bytes != needed or not path.is_file():
+        raise ValueError(f"{path} has {n_bytes:,} bytes, {META} says {needed:,}: prepare it again")
     return np.memmap(path, dtype, "r")
 
 
 def open_foreign(name, folder):
-    """nanoGPT's train.bin and val.bin, or llm.c's *train*.bin and *val*.bin, as GPT-2's tokens."""
+    """The Dataset of nanoGPT's or llm.c's files, read as GPT-2's tokens.
+
+    nanoGPT's are train.bin and val.bin, llm.c's *train*.bin and *val*.bin.
+    """
     paths = {split: sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")}
     all_paths = paths["train"] + paths["val"]
     is_llmc = paths["train"] and all(map(has_header, all_paths))
     is_nanogpt = all_paths == [folder / "train.bin", folder / "val.bin"]
     if (folder / "meta.pkl").is_file():
         raise ValueError(
-            f"{folder}/meta.pkl can run code and is not read: "
+            f"{folder}/meta.pkl can run code, so it is not read: "
             f"remove it and run python prepare.py {name}"
         )
     if (folder / MAKING).is_dir() or not (is_llmc or is_nanogpt):
         raise FileNotFoundError(
-            f"dataset {name} is not prepared in {folder}: run python prepare.py {name}, "
-            "with --input FILE if it is your own text"
+            f"dataset {name} is not prepared in {folder}: "
+            f"run python prepare.py {name}, with --input FILE if it is your own text"
         )
-    print(f"{folder} has no {META}: its tokens are taken as GPT-2's")
+    print(f"{folder} has no {META}: its tokens are taken to be GPT-2's")
     splits = {split: [map_foreign_shard(path) for path in found] for split, found in paths.items()}
     check_tokens(folder, splits, GPT2_VOCAB_SIZE)
     tokenizer = bpe.BPETokenizer.from_gpt2()
@@ -179,26 +183,30 @@ def open_foreign(name, folder):
 
 
 def has_header(path):
+    """Whether a file begins with llm.c's magic number."""
     with open(path, "rb") as file:
         return file.read(4) == np.array([LLMC_MAGIC], "<i4").tobytes()
 
 
 def map_foreign_shard(path):
-    """A memory map of the tokens in nanoGPT's or llm.c's file."""
+    """A memory map of the tokens in a file of nanoGPT or llm.c: (tokens,) uint16.
+
+    Raises ValueError for a header that does not fit the file.
+    """
     if not has_header(path):
         return np.memmap(path, "<u2", "r")
     _, version, tokens = np.fromfile(path, "<i4", 3).tolist()
     n_bytes = path.stat().st_size
     if version != 1 or n_bytes != LLMC_HEADER * 4 + tokens * 2:
         raise ValueError(
-            f"{path} has version={version} and {n_bytes:,} bytes for {tokens:,} tokens: "
-            "needed is version 1, a header of 1,024 bytes and two bytes per token"
+            f"{path} has version={version} and {n_bytes:,} bytes for {tokens:,} tokens, but needs "
+            "version=1, a header of 1,024 bytes and two bytes per token: download it again"
         )
     return np.memmap(path, "<u2", "r", offset=LLMC_HEADER * 4)
 
 
 def check_tokens(folder, splits, vocab_size):
-    """ValueError where the first million tokens of a split hold one beyond the vocabulary."""
+    """Raise ValueError if the first million tokens of a split hold one outside the vocabulary."""
     for split, shards in splits.items():
         beginnings = [shard[:1_000_000] for shard in shards[:1] if len(shard)]
         largest = max((int(tokens.max()) for tokens in beginnings), default=0)
@@ -215,43 +223,43 @@ def check_tokens(folder, splits, vocab_size):
 class Windows:
     """The training split as an endless list of rows of block_size + 1 tokens.
 
-    Row r is a function of the seed and r alone. An epoch goes through the shards, and through the
-    windows in a shard, in a seeded order without replacement. Each epoch has its own order, and
-    each shard in it its own offset, so that windows are cut elsewhere every time.
+    Row r depends on the seed and r alone. An epoch goes through the shards in a seeded order, and
+    through the windows of each shard in a seeded order, without replacement. In each epoch, the
+    orders differ and each shard has its own offset, so windows are cut at other places.
     """
 
     def __init__(self, shards, block_size, seed):
         self.T, self.seed = block_size, seed
         self.shards = [shard for shard in shards if len(shard) > block_size]
-        # one window fewer than fits, so that every offset below block_size leaves as many
+        # One window fewer than fits, so that every offset below block_size leaves room for all.
         self.counts = [max(1, len(shard) // block_size - 1) for shard in self.shards]
         self.epoch_rows = sum(self.counts)
         if not self.epoch_rows:
             longest = max((len(shard) for shard in shards), default=0)
             raise ValueError(
-                f"the training text has {longest} tokens but block_size={block_size} needs one more "
-                "than that: lower block_size or add text"
+                f"the training text has {longest} tokens but block_size={block_size} needs "
+                "one more than that: lower block_size or add text"
             )
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (one object per run)
     def order(self, epoch):
-        """The order of the shards in an epoch, and the row at which each begins and the last ends."""
+        """(shards, begins) of an epoch: the order of the shards, and the row where each begins.
+
+        begins has one entry more, the row where the last shard ends.
+        """
         shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
         return shards, np.cumsum([0, *(self.counts[s] for s in shards)])
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
     def starts(self, epoch, shard):
-        """The first token of each window of a shard, in the order of that epoch."""
-        random, T, count = (
-            np.random.default_rng((self.seed, epoch, shard)),
-            self.T,
-            self.counts[shard],
-        )
+        """The index of the first token of each window of a shard, in the order of that epoch."""
+        T, count = self.T, self.counts[shard]
+        random = np.random.default_rng((self.seed, epoch, shard))
         offset = random.integers(min(T, len(self.shards[shard]) - count * T))
         return offset + T * random.permutation(count)
 
     def rows(self, first, count):
-        """Rows first to first + count - 1: (count, T + 1) int64; inputs [:, :-1], targets [:, 1:]."""
+        """The rows from `first` on: (count, T + 1) int64. Inputs are [:, :-1], targets [:, 1:]."""
         pieces = []
         while count:
             epoch, row = divmod(first, self.epoch_rows)
@@ -266,11 +274,11 @@ class Windows:
 
 
 def evaluation_batches(shards, block_size, batch_size, n_batches=None):
-    """Yield (idx, targets), each (batch_size, T) int64, over a split.
+    """Yield (idx, targets), each (batch_size, T) int64, over a split; T is block_size.
 
-    Window i of a shard is its tokens iT to iT + T, so that every token after a shard's first is
-    scored once. A last window may be shorter and a last batch smaller: what is missing has targets
-    -100. n_batches: only so many, evenly spaced; None takes all.
+    Window i of a shard is its tokens iT to iT + T, so every token but a shard's first is scored
+    once. The last window may be shorter and the last batch smaller; what is missing has targets of
+    -100. n_batches: how many batches, evenly spaced; None takes all.
     """
     starts = [(shard, start) for shard in shards for start in range(0, len(shard) - 1, block_size)]
     batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
@@ -281,5 +289,7 @@ def evaluation_batches(shards, block_size, batch_size, n_batches=None):
         targets = np.full((batch_size, block_size), -100, np.int64)
         for row, (shard, start) in enumerate(batch):
             tokens = shard[start : start + block_size + 1].astype(np.int64)
-            idx[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+            length = len(tokens) - 1
+            idx[row, :length] = tokens[:-1]
+            targets[row, :length] = tokens[1:]
         yield idx, targets

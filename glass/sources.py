@@ -1,6 +1,6 @@
-"""The named datasets: where each comes from, and the generators of those that are always there.
+"""The named datasets: where each comes from, and the generators of those that need no network.
 
-Apart from prepare.py, which turns any text into tokens, because none of this knows about tokens.
+This knows nothing about tokens; prepare.py turns any text into tokens.
 """
 
 import ast
@@ -30,24 +30,22 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json")  # files of supervised data
 
 @dataclass(frozen=True)
 class Download:
-    """One file of a dataset. sha256 is that of the file as it lies in the folder; None where it is
-    not fixed.
-    """
+    """One file of a dataset."""
 
     url: str
     file: str  # its name in the dataset's folder
-    bytes: int  # to download, about
-    sha256: str | None = None
+    bytes: int  # to download, approximately
+    sha256: str | None = None  # of the file in the folder; None if the file may change
     member: str | None = None  # the part of a zip archive that is kept
 
 
 @dataclass(frozen=True)
 class Source:
-    """A row of the table: downloads or a generator, never both."""
+    """A row of the table. It has downloads or a generator, never both."""
 
-    about: str  # what it is, its licence
+    about: str  # what it is, and its licence
     downloads: tuple = ()
-    documents: Callable | None = None  # generates texts, without a network
+    documents: Callable | None = None  # generates texts without a network
     records: Callable | None = None  # supervised data: reads a file, or generates without arguments
     kind: str = "text"  # text | classification | instructions | preferences
     tokenizer: str = "gpt2"
@@ -55,8 +53,9 @@ class Source:
 
 
 def standard_library():
-    """The source files of the standard library in alphabetical order, without its tests and
-    installed packages.
+    """A sorted list of the source files of the standard library.
+
+    Leaves out its tests and installed packages.
     """
     root = Path(os.__file__).parent
     left_out = {
@@ -68,20 +67,20 @@ def standard_library():
         "lib2to3",
         "__pycache__",
     }
-    return sorted(
-        path
-        for path in root.rglob("*.py")
-        if not left_out.intersection(path.relative_to(root).parts)
-    )
+    files = []
+    for path in root.rglob("*.py"):
+        if not left_out.intersection(path.relative_to(root).parts):
+            files.append(path)
+    return sorted(files)
 
 
 def python_sources():
-    """(text, syntax tree) of each file of the standard library that is Python in UTF-8."""
+    """Yield (text, syntax tree) of each file of the standard library that is Python in UTF-8."""
     for path in standard_library():
         try:
             text = path.read_bytes().decode("utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in string literals
+                warnings.simplefilter("ignore")  # about old escapes in string literals
                 tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
@@ -89,8 +88,11 @@ def python_sources():
 
 
 def pydoc_documents():
-    """The documentation that every Python carries, in ASCII: one document per help topic, then one
-    per module of the standard library, of all docstrings that no module before it has."""
+    """Yield the documentation that every Python carries, as texts in ASCII.
+
+    The first documents are the help topics. Then there is one document for each module of the
+    standard library, with all of its docstrings that no earlier module has.
+    """
     import pydoc_data.topics
 
     for _, topic in sorted(pydoc_data.topics.topics.items()):
@@ -105,24 +107,20 @@ def pydoc_documents():
 
 
 def docstrings_of(tree):
+    """The docstrings in a syntax tree, as a list."""
     places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docs = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, places))
     return [doc for doc in docs if doc]
 
 
 def ascii_text(text):
-    """text with typographic quotes and dashes as ASCII, and without any other character that is
-    not.
-    """
-    return (
-        text.translate(str.maketrans("‘’“”–—…", "''\"\"--."))
-        .encode("ascii", "ignore")
-        .decode("ascii")
-    )
+    """text in ASCII: typographic quotes and dashes are replaced, other characters are dropped."""
+    replaced = text.translate(str.maketrans("‘’“”–—…", "''\"\"--."))
+    return replaced.encode("ascii", "ignore").decode("ascii")
 
 
 def stdlib_documents():
-    """The standard library's source, one document per file."""
+    """Yield the standard library's source, one document per file."""
     for path in standard_library():
         try:
             yield path.read_bytes().decode("utf-8")
@@ -131,23 +129,21 @@ def stdlib_documents():
 
 
 def line_records():
-    """Single lines labelled `python` (code without comments and docstrings) or `english` (of the
-    documentation), as many of one as of the other, none twice."""
+    """Yield single lines labelled `python` or `english`, as many of one as of the other.
+
+    The Python is code without comments and docstrings; the English is from docstrings. No line
+    occurs twice.
+    """
     python, english = {}, {}
     for text, tree in python_sources():
-        hidden = set()  # the lines of comments and of strings that may be documentation
+        hidden = set()  # numbers of the lines with comments or with strings that may be docstrings
         try:
             for token in tokenize.generate_tokens(io.StringIO(text).readline):
-                many_lines = (
-                    token.type == tokenize.STRING
-                    and token.string.rstrip("\"'")
-                    and '"""' in token.string
-                )
-                if (
-                    token.type == tokenize.COMMENT
-                    or many_lines
-                    or token.line.lstrip().startswith(("'", '"'))
-                ):
+                is_comment = token.type == tokenize.COMMENT
+                is_string = token.type == tokenize.STRING and token.string.rstrip("\"'")
+                may_be_docstring = is_string and '"""' in token.string
+                begins_with_quote = token.line.lstrip().startswith(("'", '"'))
+                if is_comment or may_be_docstring or begins_with_quote:
                     hidden.update(range(token.start[0], token.end[0] + 1))
         except (tokenize.TokenError, IndentationError):
             continue
@@ -163,30 +159,29 @@ def line_records():
 
 
 def is_prose(line):
-    """Four words or more, of letters and ordinary punctuation, with nothing that code alone has."""
-    words = line.split()
-    return (
-        len(line) >= 20
-        and len(words) >= 4
-        and line.isascii()
-        and not set(line) & set("=()[]{}<>_*\\|@#$%^&`~+/")
-    )
+    """Whether a line has four words or more and none of the characters that are typical of code."""
+    code_only = set("=()[]{}<>_*\\|@#$%^&`~+/")
+    is_long = len(line) >= 20 and len(line.split()) >= 4
+    return is_long and line.isascii() and not set(line) & code_only
 
 
 WORDS = (
-    "apple river stone cloud tiger paper green seven light music bread chair dance eagle flame grape house ivory jelly "
-    "knife lemon mouse night ocean piano queen robot sugar table uncle violin water yellow zebra basket candle dragon"
+    "apple river stone cloud tiger paper green seven light music bread chair dance eagle flame "
+    "grape house ivory jelly knife lemon mouse night ocean piano queen robot sugar table uncle "
+    "violin water yellow zebra basket candle dragon"
 ).split()
 
 
-# more items for the training split alone: of what takes a model many more examples than the rest
+# Additional items of the training split, for the kinds that take a model the most examples to
+# learn.
 MORE_TASKS = {"add": 28_000, "subtract": 28_000, "sort": 14_000, "largest": 14_000}
 
 
 def task_records(items_of_each_kind=2_500, more=6_000):
-    """Small instructions with checkable answers: {"kind", "instruction", "input", "output"}.
+    """Yield small instructions with answers that can be checked.
 
-    First as many of each kind; then more for the training split, in unequal shares.
+    Each is a dict with the keys kind, instruction, input and output. First come equally many of
+    each kind, then more for the training split, in unequal numbers.
     """
     rng, seen = random.Random(1337), set()
 
@@ -207,7 +202,11 @@ def task_records(items_of_each_kind=2_500, more=6_000):
         )
 
 
+# Each task draws (instruction, input, answer) with the random generator rng.
+
+
 def some_words(rng, least, most):
+    """A list of `least` to `most` random words."""
     return [rng.choice(WORDS) for _ in range(rng.randint(least, most))]
 
 
@@ -265,7 +264,7 @@ def initials_task(rng):
     )
 
 
-# Each draws from at least 10^5 possible items (36 words ^ 4, 26^4, 10^6 / 2 pairs of numbers ...).
+# Each draws from at least 10^5 possible items (37 words ^ 4, 26^4, 10^6 / 2 pairs of numbers ...).
 TASKS = {
     "reverse": reverse_task,
     "upper": upper_task,
@@ -281,17 +280,19 @@ TASKS = {
 
 
 def read_spam(path):
-    """The SMS collection: label, tab, message on each line; no quoting."""
+    """Yield the records of the SMS collection. A line is a label, a tab and a message, unquoted."""
     with open(path, encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
             if len(row) != 2 or row[0] not in ("ham", "spam"):
                 raise ValueError(
-                    f"{path} line {number} is {row!r:.60}: needed is ham or spam, a tab and the message"
+                    f"{path} line {number} is {row!r:.60} but must be ham or spam, a tab and the "
+                    "message: correct it"
                 )
             yield {"label": row[0], "text": row[1]}
 
 
 def read_instructions(path):
+    """Yield the instructions of a table as records."""
     for where, item in read_table(path):
         check_keys(where, item, ("instruction", "output"))
         yield {
@@ -302,18 +303,23 @@ def read_instructions(path):
 
 
 def read_preferences(path):
+    """Yield the preferences of a table as records."""
     for where, item in read_table(path):
         check_keys(where, item, ("instruction", "chosen", "rejected"))
         yield {key: item.get(key, "") for key in ("instruction", "input", "chosen", "rejected")}
 
 
 def read_table(path):
-    """(where, row as a dict) of the rows of a .csv or .tsv file with a header, of a .jsonl file, or
-    of a .json list.
+    """Yield (where, row) for each row of a table; row is a dict.
+
+    The table is a .csv or .tsv file with a header, a .jsonl file, or a .json list. Raises
+    ValueError, with the place, for what cannot be read.
     """
     path = Path(path)
     if path.suffix not in TABLES:
-        raise ValueError(f"{path} ends in {path.suffix!r}: needed is one of {' '.join(TABLES)}")
+        raise ValueError(
+            f"{path} ends in {path.suffix!r} but must end in one of {' '.join(TABLES)}: rename it"
+        )
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix in (".csv", ".tsv"):
@@ -334,10 +340,10 @@ def read_table(path):
 
 
 def read_cells(path, file):
-    """(where, row as a dict) of a table with a header.
+    """Yield (where, row) for each row of a table with a header; row is a dict.
 
-    A .tsv has no quoting: a quote is a quote. A .csv is read strictly. Raises ValueError for a row
-    that has more or fewer cells than the header.
+    In a .tsv, a quote is text like any other. A .csv is read strictly. Raises ValueError for a row
+    with more or fewer cells than the header.
     """
     csv.field_size_limit(1 << 30)  # Python's own limit is 131,072 characters
     if path.suffix == ".csv":
@@ -353,7 +359,7 @@ def read_cells(path, file):
             if len(cells) != len(header):
                 raise ValueError(
                     f"{where} has {len(cells)} cells but the header has {len(header)} "
-                    f"({', '.join(header)}): correct it, in a .csv with quotes around text with commas"
+                    f"({', '.join(header)}): correct it; in a .csv, quote a text with commas"
                 )
             yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
@@ -363,7 +369,7 @@ def read_cells(path, file):
 
 
 def parse_json(text, where, kind):
-    """What JSON text holds. Raises ValueError, naming the place, for anything but `kind`."""
+    """What JSON text holds. Raises ValueError, with the place, for anything but a `kind`."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -372,24 +378,25 @@ def parse_json(text, where, kind):
 
 
 def check_is(value, where, kind):
-    """value, if it is of a type. Raises ValueError, naming the place, if it is not."""
+    """value, if it is a `kind`: dict or list. Raises ValueError, with the place, if it is not."""
     if not isinstance(value, kind):
         names = {dict: "an object", list: "a list"}
-        found = names.get(type(value), f"{value!r:.40}")
-        raise ValueError(f"{where} is {found}, needed is {names[kind]}: correct it")
+        shown = names.get(type(value), f"{value!r:.40}")
+        raise ValueError(f"{where} is {shown}, needed is {names[kind]}: correct it")
     return value
 
 
 def check_keys(where, item, keys):
-    """ValueError, naming the place, where a row lacks one of the keys or has no text there."""
+    """Raise ValueError, with the place, if a row lacks one of the keys or has no text there."""
     for key in keys:
         if key not in item:
             raise ValueError(
-                f"{where} has {' '.join(sorted(item)) or 'nothing'} but no {key}: add it"
+                f"{where} has no {key}, only {' '.join(sorted(item)) or 'nothing'}: add it"
             )
         if not isinstance(item[key], str) or not item[key].strip():
             raise ValueError(
-                f"{where}: {key}={item[key]!r} must be a text that is not empty: fill it in, or remove the row"
+                f"{where}: {key}={item[key]!r} must be a text that is not empty: "
+                "fill it in, or remove the row"
             )
 
 
@@ -427,14 +434,16 @@ PREFERENCES = Download(
 
 
 def parquet_files(address, name, count, n_bytes):
-    """Downloads of the first `count` files of a dataset on Hugging Face; name is a format of the
-    file's number.
+    """Downloads, a tuple, of the first `count` files of a dataset on Hugging Face.
+
+    name: a format string for the number of a file.
     """
     names = [name.format(i) for i in range(count)]
     return tuple(Download(f"{HUGGING_FACE}/{address}/{file}", file, n_bytes) for file in names)
 
 
-CONVERTED = "resolve/refs%2Fconvert%2Fparquet"  # the branch where Hugging Face keeps every dataset as parquet
+# The branch where Hugging Face keeps a parquet version of every dataset.
+CONVERTED = "resolve/refs%2Fconvert%2Fparquet"
 TINYSTORIES = parquet_files(
     f"roneneldan/TinyStories/{CONVERTED}/default/train", "{:04d}.parquet", 4, 250_000_000
 )
@@ -496,19 +505,20 @@ SOURCES = {
 
 
 def find_file(folder, download):
-    """Where a file of a dataset lies already, or None. Tiny Shakespeare serves two datasets."""
-    beside = (
-        folder.parent / "shakespeare_char" / download.file if download is TINY_SHAKESPEARE else None
-    )
-    return next(
-        (path for path in (folder / download.file, beside) if path and path.is_file()), None
-    )
+    """Where a file of a dataset already is, or None. Two datasets share Tiny Shakespeare."""
+    paths = [folder / download.file]
+    if download is TINY_SHAKESPEARE:
+        paths.append(folder.parent / "shakespeare_char" / download.file)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def fetch(folder, download, attempts=5):
-    """The path of a dataset's file, downloaded to `folder` if it is not there: an interrupted
-    download goes on where it stopped, a failing one is tried again after 1, 2, 4 ... seconds.
-    Raises OSError without a network."""
+    """The path of a dataset's file, after downloading it to `folder`.
+
+    An interrupted download goes on where it stopped. A failed one is tried again after 1, 2, 4 ...
+    seconds. Raises OSError if it fails for good, and ValueError if the file is not the expected
+    one.
+    """
     path = folder / download.file
     partial = path.with_name(path.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)
@@ -520,9 +530,9 @@ def fetch(folder, download, attempts=5):
             gone = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404)
             offline = isinstance(getattr(error, "reason", None), OSError) and not partial.is_file()
             if gone or offline or attempt == attempts - 1:
-                kept = f", the file {download.member} in it," if download.member else ""
                 raise OSError(
-                    f"no download of {download.url} ({error}): put that file{kept} at {path}"
+                    f"{download.url} cannot be downloaded ({error}): "
+                    f"get it elsewhere and put {download.member or 'it'} at {path}"
                 ) from error
             time.sleep(2**attempt)
     if download.member:
@@ -532,16 +542,20 @@ def fetch(folder, download, attempts=5):
     if download.sha256 and sha256_of(partial) != download.sha256:
         partial.unlink()
         raise ValueError(
-            f"{download.url} is not the file it was (its sha256 differs): put the right one at {path}"
+            f"{download.url} has changed (its sha256 differs): put the right file at {path}"
         )
     partial.replace(path)
     return path
 
 
 def copy_from(url, partial):
-    """Append to `partial` what it lacks of the file at url."""
+    """Append to the file `partial` what it lacks of the file at url.
+
+    Raises OSError if the connection ends too early.
+    """
     have = partial.stat().st_size if partial.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:

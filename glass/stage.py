@@ -48,7 +48,7 @@ class Stage:
         self.tokens_per_step = int(self.rows_per_step * np.mean(lengths))
 
     def begin(self, model):
-        """Remember what the stage needs of the model at the start of training: by default, nothing."""
+        """Remember what the stage needs of the model at the start: by default, nothing."""
 
     def state(self):
         """What a checkpoint keeps of the stage, as a dict."""
@@ -83,16 +83,16 @@ class Stage:
         n = batch_size or 2 * self.settings.batch_size
         return [examples[i : i + n] for i in range(0, len(examples), n)]
 
-    def val_examples(self, few):
-        """The validation examples, or `few` of them, evenly spaced."""
+    def val_examples(self, n_rows):
+        """The validation examples, or n_rows of them, evenly spaced."""
         examples = self.examples["val"]
-        return examples if few is None else spread(examples, few)
+        return examples if n_rows is None else spread(examples, n_rows)
 
     def say_left_out(self, n_rows, n_kept, split, why):
         """Say how many rows of a split were left out, if any were, and why."""
         if n_kept < n_rows:
             left_out = f"{n_rows - n_kept} of {n_rows} {split} rows are left out"
-            say(f"{left_out}: {why} block_size={self.longest}")
+            say(f"{left_out}: {why}")
 
 
 class Answered(NamedTuple):
@@ -125,7 +125,7 @@ def bag_of_tokens(train_examples, test_examples, vocab_size):
     """
 
     def occurrences(examples):
-        """Sparse (examples, V + 1): 1 where a token occurs in an example; the last column is bias."""
+        """Sparse (examples, V + 1): 1 where a token occurs. The last column, all 1, is a bias."""
         places = []
         for row, (ids, _) in enumerate(examples):
             places += [(row, token) for token in {*ids, vocab_size}]

@@ -11,6 +11,7 @@ Hugging Face's names occur only in the tables on top.
 """
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -317,7 +318,7 @@ def tensor_files(folder):
     if (folder / SINGLE).is_file():
         paths = [folder / SINGLE]
     elif index is not None:
-        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        paths = index_paths(folder, index)
     elif pickles:
         raise ValueError(
             f"{folder} holds its weights as {min(pickles)}, a pickle, which can run any code when "
@@ -337,6 +338,18 @@ def tensor_files(folder):
                 f"{path} is not a whole safetensors file ({error}): download it again"
             ) from error
     return files
+
+
+def index_paths(folder, index):
+    """The files that an index names. Raises ValueError for a name that leads out of the folder."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names:
+        raise ValueError(f"{folder / INDEX} names no files in weight_map: download it again")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file of the folder")
+    return [folder / name for name in sorted(names)]
 
 
 def tensor_names(layout, state, prefix):
@@ -604,7 +617,17 @@ def save_adapter(model, path):
     tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
     names = ("lora_rank", "lora_alpha", "lora_targets")
     config = {name: getattr(model.config, name) for name in names}
+    config["base_sha256"] = blocks_sha256(model)
     save_file(tensors, path, metadata={"format": "pt", "lora": json.dumps(config)})
+
+
+def blocks_sha256(model):
+    """The sha256 of the blocks' weights in float32, except LoRA's. Training LoRA keeps it equal."""
+    digest = hashlib.sha256()
+    for name, tensor in model.blocks.state_dict().items():
+        if ".lora_" not in name:
+            digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_adapter(model, path):
@@ -626,6 +649,11 @@ def load_adapter(model, path):
         raise ValueError(
             f"adapter={path} holds no LoRA matrices: "
             "give the file that finetune.py --trainable=lora wrote"
+        )
+    if lora.get("base_sha256", blocks_sha256(model)) != blocks_sha256(model):
+        raise ValueError(
+            f"adapter={path} was trained on other weights than these (or is merged into them "
+            "already): give the model it was trained on with --out_dir or --init_from"
         )
     weights, products = dict(model.named_parameters()), {}
     scale = lora["lora_alpha"] / lora["lora_rank"]
