@@ -6,11 +6,10 @@
     reinforce  of the model's own answers, those with a high reward become more likely (GRPO)
 
 Each stage is a class below, to be read from top to bottom: its examples, loss, evaluation and test.
-The loop, the checkpoints and the exact resumption are train.py's. Every stage ends with figures on
-test data that it has not seen, before and after.
+The loop, the checkpoints and the exact resumption are train.py's. Every stage reports figures on
+unseen test data, before and after training.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -127,7 +126,7 @@ class Settings(train.Settings):
 
 
 class Labelled(NamedTuple):
-    ids: list  # tokens of the text, its end last
+    ids: list  # tokens of the text, then the end-of-text token
     label: int
 
 
@@ -150,8 +149,8 @@ class Classify(Stage):
         for where, row in rows:
             if row["label"] not in self.labels:
                 raise ValueError(
-                    f"{where}: label={row['label']!r} does not occur in the training rows, "
-                    f"{' '.join(self.labels)} do: correct it"
+                    f"{where}: label={row['label']!r} does not occur in the training rows: "
+                    f"use one of {' '.join(self.labels)}"
                 )
             ids, was_cut = encode_for_class(self.tokenizer, row["text"], self.longest)
             examples.append(Labelled(ids, self.labels.index(row["label"])))
@@ -161,6 +160,7 @@ class Classify(Stage):
         return examples
 
     def state(self):
+        # without a template: a classifier does not chat
         return super().state() | {"labels": self.labels, "template": None}
 
     @functools.cached_property
@@ -178,7 +178,8 @@ class Classify(Stage):
         hidden = model.hidden(idx)  # (b, T, C)
         logits = model.class_logits(hidden, lengths)  # (b, n_classes)
         self.note(accuracy=(logits.argmax(-1) == labels).float().mean().item())
-        total_weight = class_weights[[label for _, label in step_examples]].sum()
+        step_labels = [label for _, label in step_examples]
+        total_weight = class_weights[step_labels].sum()
         loss = F.cross_entropy(logits, labels, class_weights, reduction="sum") / total_weight
         is_real = torch.arange(idx.shape[1], device=self.device) < lengths[:, None]  # (b, T)
         if s.prefix_weight:
@@ -255,6 +256,10 @@ class Classify(Stage):
         return "\n".join(lines) + "\n"
 
 
+def count_answer_tokens(examples):
+    return sum(sum(example.is_answer) for example in examples)
+
+
 class Instruct(Stage):
     """Answers to instructions: the mean loss of the answers' tokens, their end included."""
 
@@ -281,7 +286,7 @@ class Instruct(Stage):
 
     def loss(self, model, examples, step_examples, step):
         logprobs, _ = answer_logprobs(model, examples)
-        return -logprobs.sum() / sum(sum(example.is_answer) for example in step_examples)
+        return -logprobs.sum() / count_answer_tokens(step_examples)
 
     @torch.no_grad()
     def answer_loss(self, model, examples, context):
@@ -408,10 +413,10 @@ class Prefer(Instruct):
         self.examples[split] = [pair._replace(reference=reference) for pair, reference in pairs]
 
     def state(self):
-        references = {
-            split: torch.stack([pair.reference for pair in pairs]) if pairs else torch.zeros(0, 2)
-            for split, pairs in self.examples.items()
-        }
+        references = {}
+        for split, pairs in self.examples.items():
+            rows = [pair.reference for pair in pairs]
+            references[split] = torch.stack(rows) if rows else torch.zeros(0, 2)
         return super().state() | {"reference": references}
 
     def restore(self, model, saved):
@@ -423,7 +428,8 @@ class Prefer(Instruct):
         """Summed log-probability of the chosen and of the rejected answers: (b, 2)."""
         answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         logprobs, _ = answer_logprobs(model, answers)
-        return logprobs.sum(-1).view(2, -1).T
+        chosen, rejected = logprobs.sum(-1).chunk(2)
+        return torch.stack([chosen, rejected], dim=1)
 
     def margins(self, logprobs, pairs):
         """beta * (gain of the chosen - gain of the rejected): logprobs (b, 2) -> (b,)."""
@@ -439,8 +445,8 @@ class Prefer(Instruct):
     def preferences(self, model, pairs, context):
         """Loss, accuracy and margin of pairs, and the chosen answers' mean loss per token, in nats.
 
-        chosen_loss should not rise much: DPO can make both answers less likely, the chosen one by
-        less.
+        chosen_loss should not rise much: DPO can also make both answers less likely, the rejected
+        one more so.
         """
         model.eval()
         margins, chosen = [], []
@@ -451,7 +457,7 @@ class Prefer(Instruct):
             chosen.append(logprobs[:, 0])
         model.train()
         margins, chosen = torch.cat(margins), torch.cat(chosen)
-        n_tokens = sum(sum(pair.chosen.is_answer) for pair in pairs)
+        n_tokens = count_answer_tokens(pair.chosen for pair in pairs)
         return {
             "loss": -F.logsigmoid(margins).mean().item(),
             "accuracy": (margins > 0).float().mean().item(),
@@ -508,7 +514,8 @@ class Reinforce(Instruct):
         )  # read first, so that a wrong one ends the run at once
         super().__init__(settings, records, model, tokenizer)
         self.reward_function = reward
-        self.tokens_per_step *= settings.group_size  # as if every answer were as long as the row's
+        # an estimate: as if every drawn answer were as long as the row's reference answer
+        self.tokens_per_step *= settings.group_size
         self.sampled = None  # what `draw` gave last
         self.reference_model = None
         self.by_kind = {}
@@ -531,7 +538,9 @@ class Reinforce(Instruct):
             self.reference_model = copy.deepcopy(model).eval()
 
     def state(self):
-        reference = self.reference_model and self.reference_model.state_dict()
+        reference = None
+        if self.reference_model is not None:
+            reference = self.reference_model.state_dict()
         state = dict(
             sampled=self.sampled, differing=dict(self.differing), reference_model=reference
         )
@@ -551,8 +560,8 @@ class Reinforce(Instruct):
         chances = np.array([0.05 + self.differing[kind] for kind in kinds])
         random = np.random.default_rng((self.settings.seed, first // self.rows_per_step))
         chosen = random.choice(len(kinds), self.rows_per_step, p=chances / chances.sum())
-        of_kinds = [self.by_kind[kinds[i]] for i in chosen]
-        return [examples[random.integers(len(examples))] for examples in of_kinds]
+        pools = [self.by_kind[kinds[i]] for i in chosen]
+        return [pool[random.integers(len(pool))] for pool in pools]
 
     @torch.no_grad()
     def draw(self, model, examples):
@@ -583,7 +592,7 @@ class Reinforce(Instruct):
         self.count_differing(examples, differs.tolist())
         mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True, correction=0)
         advantages = (rewards - mean) / (deviation + 1e-6)
-        advantages = advantages * differs[:, None]
+        advantages = advantages * differs[:, None]  # rounding leaves a rest where rewards are equal
         advantage_of = dict(zip(pairs, advantages.flatten().tolist(), strict=True))
         kept = [(i, ids) for i, ids in counts if differs[i]]
         if s.kl_coef or not kept:  # a step without any answer would have no loss
@@ -608,13 +617,16 @@ class Reinforce(Instruct):
         if self.reward_function is None:
             return float(text.strip() == self.own_answer(row).strip())
         value = self.reward_function(messages_of(row, self.template)[-2]["content"], text)
-        with contextlib.suppress(TypeError, ValueError):
-            if math.isfinite(float(value)):
-                return float(value)
-        raise ValueError(
-            f"reward={self.settings.reward} gave {value!r} for the answer {text!r}: "
-            "it must return a finite number"
-        )
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"reward={self.settings.reward} gave {value!r} for the answer {text!r}: "
+                "it must return a finite number"
+            )
+        return number
 
     def loss(self, model, examples, step_examples, step):
         if step % self.settings.updates_per_sample == 0:
@@ -691,7 +703,7 @@ def freeze(model, settings):
     if s.task == "classify":
         head = ("classifier.", "final_norm.")
         if not model.config.tie_weights and not s.lm_weight:
-            model.head.weight.requires_grad_(False)  # classes do not pass through it
+            model.head.weight.requires_grad_(False)  # class logits come from the classifier
     prefixes = {
         "all": ("",),  # every name begins with nothing
         "head": head,

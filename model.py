@@ -100,7 +100,7 @@ class GPTConfig:
 
     def check_values(self):
         """ValueError where a setting is impossible by itself."""
-        for name, hint in typing.get_type_hints(GPTConfig).items():
+        for name, hint in typing.get_type_hints(GPTConfig).items():  # without Tunable and Free
             options, value = typing.get_args(hint), getattr(self, name)
             if typing.get_origin(hint) is Literal and value not in options:
                 raise ValueError(f"{name}={value!r} must be one of {' '.join(options)}")
@@ -160,7 +160,10 @@ def rope_frequencies(config):
 
 
 def rope_rotation(angles):
-    """Cosines and signed sines as apply_rope takes them: angles (..., D / 2) -> 2 x (..., D)."""
+    """The cos and sin that apply_rope takes: angles (..., D / 2) -> two tensors (..., D).
+
+    The first half of sin is negated, so that one addcmul does the rotation.
+    """
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
@@ -177,7 +180,7 @@ def apply_rope(x, cos, sin):
 
 
 class LearnedPositions(nn.Embedding):
-    """GPT-2's positions: a learned vector each, added to the token's."""
+    """GPT-2's positions: adds a learned vector per position to the token embedding."""
 
     def forward(self, x, positions):
         """x (B, T, C), positions (T,) or (B, T) -> x with positions, (B, T, C), and no rotation."""
@@ -272,7 +275,7 @@ class KVCache:
         """Count T more positions as seen, once all layers have stored theirs."""
         if self.lengths is not None:
             self.lengths += T
-        if not self.static:
+        if not self.static:  # a changing Python number would make torch.compile compile again
             self.length += T
 
 
@@ -308,7 +311,7 @@ def explicit_attention(q, k, v, mask, dropout):
 
 
 def sdpa_attention(q, k, v, mask, dropout):
-    """The same by torch's fused kernels, which never hold all of the weights."""
+    """Attention by torch's fused kernels, which never hold the whole matrix of weights."""
     is_square = q.shape[2] == k.shape[2]  # the kernels' own causal mask is only right where T == S
     causal = mask is not None and mask.ndim == 2 and is_square
     needs_mask = mask is not None and not causal
@@ -440,7 +443,7 @@ class Attention(nn.Module):
         return tuple(projected.view(B, T, -1, self.head_dim) for projected in (q, k, v))
 
     def queries_keys_values(self, x, rotation):
-        """x (B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D), normalised and rotated."""
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D); q and k as `prepare` makes them."""
         q, k, v = self.project(x)
         q, k = self.prepare(q, k, rotation)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

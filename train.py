@@ -1,8 +1,8 @@
 """Train a model: `python train.py config/shakespeare_char.py --key=value`, or under torchrun.
 
 A run is a function of (settings, step): the rows of step s, its dropout noise and its learning rate
-come from the seed and s alone. So evaluating more often changes nothing, and a run that was killed
-and resumed ends in the weights that it would have had. The step itself is in `train`, whole.
+come from the seed and s alone. So evaluating more often changes nothing, and a run that is killed
+and resumed ends with the same weights as one that is not. The step itself is in `train`, whole.
 """
 
 import json
@@ -298,7 +298,7 @@ def compile_in_place(run):
         with autocast(model.device, choose_dtype(s.dtype, model.device)):
             run.task.loss(model, rows, rows, 0).backward()
     except Exception as error:  # a missing part of the compiler can raise any type
-        model._compiled_call_impl = None
+        model._compiled_call_impl = None  # undoes model.compile(), for which torch has no call
         say(f"compile failed, training goes on without it ({checkpoint.first_line(error)})")
     model.zero_grad(set_to_none=True)
 
@@ -337,7 +337,7 @@ def check_dataset(settings, dataset, given, state):
 
 
 def build_model(settings, tokenizer, state):
-    """The model: fresh, as the checkpoint's state describes it, or with published weights."""
+    """A fresh model, the one that a checkpoint's state describes, or one with published weights."""
     s = settings
     if state:
         return GPT(resumed_config(state, s))

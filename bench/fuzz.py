@@ -533,13 +533,15 @@ def judge(case, status, errors):
     if status < 0:
         return "signal", f"{signal.Signals(-status).name}; {last}"
     if "Traceback (most recent" in errors:
-        out_of_memory = "MemoryError" in last or "allocate memory" in errors
-        return "memory" if out_of_memory else "traceback", f"{last}{raised_in(lines)}"
+        out_of_memory = "MemoryError" in errors or "allocate memory" in errors
+        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)] or [last]
+        kind = "memory" if out_of_memory else "traceback"
+        return kind, f"{raised[-1][:300]}{raised_in(lines)}"
     if status != 2:
         return "status", f"status {status}; {last}"
     if not last.startswith("error: "):
         return "no error line", last
-    if not any(name in last for name in found_names(case)):
+    if not names_cause(case, last):
         return "names nothing", last
     return "refused", last
 
@@ -553,15 +555,22 @@ def raised_in(lines):
     return f" [{Path(path).relative_to(HOME)}:{number} {name}]"
 
 
-def found_names(case):
-    """The words of which a refusal must name one: settings and their values, or the file."""
-    names = list(case.changed) + [text for text in case.changed.values() if len(text) > 2]
+def names_cause(case, refusal):
+    """Whether a refusal names a generated setting, its value, or the damaged file or its folder.
+
+    Any setting that it shows as name=value will do, since the cause may lie between two of them.
+    """
+    settings = typing.get_type_hints(SCRIPTS[case.script].Settings)
+    if settings.keys() & set(re.findall(r"(\w+)=", refusal)):
+        return True
+    names, words = list(case.changed), re.split(r"[\s'\"]+", refusal)
     if case.file:
         path = Path(case.file)
         names += [path.name, path.parent.name or path.name]
-        keys = re.split(r"[/ ]", re.sub(r" (is |removed$).*", "", case.damage))
-        names += [f"{key}=" for key in keys if key.isidentifier()]
-    return names
+    values = case.changed.values()
+    return any(name in refusal for name in names) or any(
+        value in words or (len(value) > 2 and value in refusal) for value in values
+    )
 
 
 def may_write(case, name, is_new):
