@@ -799,10 +799,12 @@ def load_tokenizer(saved):
                 f"train one with python bpe.py train --input FILE --out {path}"
             )
         try:
-            saved = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
+            return load_tokenizer(json.loads(read_text(path)))
+        except Exception as error:  # what others wrote can be wrong in any way
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
-                f"tokenizer {path} is not JSON ({error}): train one with python bpe.py train"
+                f"tokenizer {path} is not as it should be ({reason}): "
+                "train one with python bpe.py train"
             ) from error
     if "model" in saved:
         return BPETokenizer.from_huggingface(saved)

@@ -832,6 +832,22 @@ class GPT(nn.Module):
         )
 
 
+def count_parameters(config):
+    """GPT(config).parameter_count(), by arithmetic alone: nothing is allocated."""
+    c, C = config, config.n_embd
+    norm = C * (2 if c.norm == "layernorm" and c.bias else 1)
+    n_q, n_kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    attention = C * (n_q + 2 * n_kv) + n_q * C
+    attention += (n_q + 2 * n_kv) * c.qkv_bias + C * c.o_bias
+    n_up = 2 if c.mlp == "swiglu" else 1
+    mlp = (n_up + 1) * C * c.n_inner + (n_up * c.n_inner + C) * c.bias
+    total = c.n_layer * (2 * norm + attention + mlp) + norm + c.vocab_size * C
+    total += 0 if c.tie_weights else c.vocab_size * C
+    total += c.block_size * C if c.pos == "learned" else 0
+    total += C * c.smear + 2 * c.n_layer * c.embed_skip
+    return total + ((C + 1) * c.n_classes if c.n_classes else 0)
+
+
 def config_among(settings, vocab_size):
     """The model's part of a script's settings, as a GPTConfig with the tokenizer's vocab_size."""
     shape = {field.name: getattr(settings, field.name) for field in fields(GPTConfig)}

@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 import bpe
-from glass.files import lock, write_json
+from glass.files import lock, reading, write_json
 from glass.settings import errors_in_one_line, read_arguments
 from glass.shards import MAKING, META, ShardWriter, folder_of, token_dtype
 from glass.sources import SOURCES, fetch, find_file
@@ -136,7 +136,8 @@ def read_documents(path, settings):
     The pieces of one document must be read before the next document is taken.
     """
     suffix = next((suffix for suffix in READERS if path.name.endswith(suffix)), ".txt")
-    return READERS[suffix](path, settings)
+    with reading(path, "replace it, or leave it out"):
+        yield from READERS[suffix](path, settings)
 
 
 def read_txt(path, settings):
@@ -564,7 +565,7 @@ def make_tokenizer(settings, files):
         beginning = itertools.islice(texts, TRAINED_ON // PIECE)
         size = int(choice[6:])
         return bpe.BPETokenizer.train(beginning, size, processes=settings.workers, progress=True)
-    if not Path(choice).is_file():
+    if not os.path.isfile(choice):  # unlike Path's, false for a name that is too long
         raise FileNotFoundError(
             f"tokenizer={choice} is not there: use char, word, gpt2, train:4096 or a file"
         )

@@ -122,11 +122,11 @@ def load_model(settings):
     return Loaded(model.to(device, dtype).eval(), tokenizer, stop_ids(tokenizer), state)
 
 
-def check_known(tokenizer, text):
+def check_known(tokenizer, text, name="the text"):
     """ValueError where the tokenizer does not know some of the text's characters."""
     if unknown := tokenizer.unknown_characters(text):
         shown = " ".join(map(repr, unknown[:10]))
-        raise ValueError(f"the tokenizer does not know {shown} of the prompt: leave them out")
+        raise ValueError(f"the tokenizer does not know {shown} of {name[:200]!r}: leave them out")
 
 
 def read_prompt(settings, loaded):
@@ -139,7 +139,7 @@ def read_prompt(settings, loaded):
         if not path.is_file():
             raise ValueError(f"the prompt file {path} does not exist: name one that does")
         text = bpe.read_text(path)
-    check_known(tokenizer, text)
+    check_known(tokenizer, text, settings.start)
     allowed = {bpe.END_OF_TEXT} & tokenizer.special_tokens.keys()
     ids = tokenizer.encode(text or "".join(allowed) or "\n", allowed_special=allowed)
     if getattr(tokenizer, "bos_id", None) is not None:

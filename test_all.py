@@ -261,6 +261,22 @@ def test_published_shapes_have_the_published_numbers_of_parameters():
         assert GPT(GPTConfig(**book)).parameter_count() == 163_009_536
 
 
+def test_parameters_are_counted_without_making_the_model():
+    shape = dict(vocab_size=61, block_size=32, n_layer=2, n_head=4, n_embd=32)
+    small = [
+        GPTConfig(**shape, bias=bias, norm=norm)
+        for bias in (True, False)
+        for norm in ("layernorm", "rmsnorm")
+    ]
+    small += [
+        GPTConfig(**shape, n_classes=3, smear=True, embed_skip=True, qkv_bias=True, n_kv_head=2)
+    ]
+    small += [GPTConfig(**shape, mlp="swiglu", bias=True, head_dim=16, tie_weights=False)]
+    with torch.device("meta"):
+        for config in [*PRESETS.values(), *small]:
+            assert model_module.count_parameters(config) == GPT(config).parameter_count()
+
+
 def test_llama_31_scaling_keeps_blends_and_divides_the_published_numbers_of_pairs():
     for head_dim, factor, expected in ((64, 32.0, (15, 3, 14)), (128, 8.0, (29, 6, 29))):
         scaling = PRESETS["llama3.1-8b"].rope_scaling | {"factor": factor}
@@ -1095,6 +1111,22 @@ def test_bad_input_of_train_is_one_line_and_status_2(workdir, capsys, words, say
     status, _, err = run_main(train.main, [*TINY_RUN, *words], capsys)
     assert status == 2 and err.count("\n") == 1 and says in err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--n_layer=1000000",
+        "--block_size=1000000000",
+        "--batch_size=1000000000",
+        "--head_dim=1000000000",
+    ],
+)
+def test_what_cannot_fit_is_refused_by_arithmetic(workdir, capsys, word):
+    started_at = time.perf_counter()
+    status, _, err = run_main(train.main, [*TINY_RUN, "--pos=learned", word], capsys)
+    assert status == 2 and err.count("\n") == 1 and "GB of cpu are free" in err
+    assert time.perf_counter() - started_at < 1 and not Path("out").exists()
 
 
 def test_training_goes_on_from_published_weights(workdir, capsys):
@@ -2573,6 +2605,17 @@ def test_changed_shard_is_noticed(in_tmp_path):
         shards.open_dataset("own")
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"kind": "text"}', "nothing", '{"kind": "text", "splits": 5}']
+)
+def test_a_meta_json_that_is_not_as_it_should_be_is_named(content, in_tmp_path):
+    Path("a.txt").write_text("some text " * 100)
+    make("own", "a.txt")
+    Path("data/own/meta.json").write_text(content)
+    with pytest.raises(ValueError, match="data/own/meta.json is not as it should be"):
+        shards.open_dataset("own")
+
+
 def test_a_dataset_stays_whole_until_its_successor_is(in_tmp_path):
     Path("a.txt").write_text("some text " * 100)
     Path("bad.txt").write_bytes(b"abc\xff")
@@ -3344,6 +3387,28 @@ def test_an_index_that_names_files_elsewhere_is_refused(name, tmp_path):
     index = {"weight_map": {"transformer.wte.weight": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "which is no file of the folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize(
+    "content", ["", "[]", "5", '{"n_layer": "x", "eos_token_id": {}', '{"model": 5}']
+)
+def test_documents_of_published_folders_that_are_not_as_they_should_be_are_named(
+    name, content, tmp_path
+):
+    tokenizer = bpe.CharTokenizer.train("abc")
+    config = GPTConfig(
+        vocab_size=tokenizer.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=8
+    )
+    GPT(config).save_pretrained(tmp_path / "folder", tokenizer)
+    (tmp_path / "folder" / name).write_text(content)
+    if "model" in content and name in ("generation_config.json", "tokenizer_config.json"):
+        assert weights.load_model(tmp_path / "folder")  # a key that nobody asks for is no fault
+        return
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path / "folder"))):
+        weights.load_model(tmp_path / "folder")
 
 
 def test_names_of_published_models_lead_to_the_hub_or_to_one_clear_line(monkeypatch):

@@ -24,6 +24,7 @@ from glass.device import (
     choose_device,
     choose_dtype,
     count_processes,
+    free_memory,
     join_processes,
     keep_freed_memory,
 )
@@ -33,7 +34,7 @@ from glass.run import Run, StopSignals, claim_folder, resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, read_config_file, with_role
 from glass.shards import Windows, evaluation_batches, open_dataset
 from glass.weights import load_tokenizer
-from model import GPT, Free, GPTConfig, Tunable, config_among, require
+from model import GPT, Free, GPTConfig, Tunable, config_among, count_parameters, require
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config" / "pydoc_char.py"
 FRESH = ("scratch", "auto")  # the values of init_from that begin with new weights
@@ -358,6 +359,24 @@ def build_model(settings, tokenizer, state):
     return model
 
 
+def check_memory(settings, vocab_size, device):
+    """ValueError where even the least that a new run needs is more than there is.
+
+    That is 16 bytes a parameter (weight, gradient, two moments), a step's rows, and the logits.
+    """
+    s, config = settings, config_among(settings, vocab_size)
+    rows = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    scored_at_once = min(s.loss_chunk or math.inf, s.batch_size * s.block_size)
+    needed = 16 * count_parameters(config) + 8 * rows + 4 * scored_at_once * vocab_size
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"a run of n_layer={s.n_layer} n_embd={s.n_embd} block_size={s.block_size} "
+            f"batch_size={s.batch_size} needs at least {needed / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB of {device} are free: lower one of them"
+        )
+
+
 def check_tokenizer(name, tokenizer):
     """ValueError where the dataset's tokens are not those that published weights were trained on."""
     try:
@@ -462,6 +481,8 @@ def main(argv):
     choose_dtype(settings.dtype, device)  # raises early for a wrong name
     dataset = open_or_prepare(settings.dataset)
     check_dataset(settings, dataset, given, state)
+    if settings.init_from in FRESH and not state:
+        check_memory(settings, dataset.tokenizer.vocab_size, device)
     processes = join_processes(device, settings.backend)
     if device.type == "cpu":
         keep_freed_memory()

@@ -34,7 +34,7 @@ def choose_device(name="auto"):
         raise ValueError(
             f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps"
         ) from error
-    if not {"cuda": cuda, "mps": mps}.get(device.type, True):
+    if not {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, False):
         raise ValueError(
             f"device={name} is not available to this torch ({torch.__version__}): "
             "use --device=cpu, or install a torch that supports it"
@@ -79,6 +79,18 @@ def peak_flops(device):
         return None
     gpu = torch.cuda.get_device_name(device)
     return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+
+
+def free_memory(device):
+    """Bytes that can be allocated on a device, or None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return None
 
 
 def keep_freed_memory():

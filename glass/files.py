@@ -1,11 +1,30 @@
 """Files that are whole or not there: locks, replacing at once, checksums, flushed folders."""
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 
 import filelock
+
+
+@contextlib.contextmanager
+def reading(path, advice):
+    """A context in which whatever is wrong with a file's content is a ValueError that names the file.
+
+    Content that others wrote can fail in any way: torn, another type, a key that is not there. Errors
+    of ours that name the file already pass, and so do those of the file system.
+    """
+    try:
+        yield
+    except Exception as error:
+        names_it = isinstance(error, ValueError) and str(path) in str(error)
+        of_the_system = isinstance(error, OSError) and error.errno is not None
+        if names_it or of_the_system or isinstance(error, ImportError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(f"{path} is not as it should be ({reason}): {advice}") from error
 
 
 def lock(folder, name=None):

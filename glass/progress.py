@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import types
 from dataclasses import asdict
 
 import torch
@@ -176,6 +177,9 @@ def read_metrics(path):
         try:
             line = json.loads(text)
             is_ours = isinstance(line, dict) and isinstance(line.get("step"), int)
+            is_ours = is_ours and all(
+                isinstance(value, int | float | types.NoneType) for value in line.values()
+            )
         except ValueError:
             is_ours = False
         if is_ours:

@@ -261,5 +261,11 @@ def errors_in_one_line():
         ours = (HOME, HOME / "glass", HOME / "bench")
         if not isinstance(error, OSError) and raised_in not in ours:
             raise
-        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            name = str(error.filename)[:200]
+            message = (
+                f"{name!r} cannot be used ({error.strerror}): name another, or make room for it"
+            )
+        print(f"error: {message}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from None

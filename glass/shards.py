@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import bpe
-from glass.files import sha256_of
+from glass.files import reading, sha256_of
 
 DATA = Path("data")
 META = "meta.json"
@@ -119,6 +119,12 @@ def open_dataset(name):
     folder = folder_of(name)
     if not (folder / META).is_file():
         return open_foreign(name, folder)
+    with reading(folder / META, f"run python prepare.py {name} again with --overwrite=True"):
+        return open_prepared(name, folder)
+
+
+def open_prepared(name, folder):
+    """The Dataset in a folder with a meta.json."""
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
     if meta["kind"] != "text":
         raise ValueError(

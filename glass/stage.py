@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from glass.chat import stop_ids, template_for
+from glass.files import reading
 from glass.generate import padded
 from glass.progress import say
 from glass.records import StepOrder, spread
@@ -176,7 +177,8 @@ def read_reward(path):
         raise ValueError(
             f"reward={path} does not exist: give a Python file with reward(prompt, answer) -> float"
         )
-    reward = runpy.run_path(path).get("reward")
+    with reading(path, "correct it"):
+        reward = runpy.run_path(path).get("reward")
     if not callable(reward):
         raise ValueError(f"reward={path} has no function reward(prompt, answer): define it")
     return reward

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 import bpe
 from glass import checkpoint
 from glass.device import choose_device, choose_dtype
+from glass.files import reading
 from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
 from model import GPT, GPTConfig
 
@@ -230,9 +231,12 @@ def read_json(path, default=None):
     if not path.is_file():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is {content!r:.40}, needed is an object: download it again")
+    return content
 
 
 def layout_of(path, found):
@@ -442,7 +446,15 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
     anything that does not fit.
     """
     folder = find_folder(name_or_folder)
-    layout, config = read_config(folder)
+    with reading(folder / CONFIG, "download it again"):
+        layout, config = read_config(folder)
+    if config.n_layer > len(
+        tensor_files(folder)
+    ):  # a model of a million layers takes minutes to make
+        raise ValueError(
+            f"{folder / CONFIG} says {config.n_layer} layers but the files hold only "
+            f"{len(tensor_files(folder))} tensors: download both again"
+        )
     check_overrides(folder, config, overrides)
     with torch.device("meta"):
         state = GPT(config).state_dict()
@@ -689,7 +701,8 @@ def load_tokenizer(source):
         template = folder / "chat_template.jinja"
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
-        return HuggingFaceTokenizer(saved, config, stop_ids(folder))
+        with reading(folder / TOKENIZER, "download it again"):
+            return HuggingFaceTokenizer(saved, config, stop_ids(folder))
     layout, shape = read_config(folder)
     if layout is GPT2 and shape.vocab_size == 50257:
         return bpe.BPETokenizer.from_gpt2()
