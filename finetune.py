@@ -63,8 +63,8 @@ class Settings(train.Settings):
     init_from: Free[str] = "out/pydoc_char"  # RUN_FOLDER | FOLDER | gpt2 | resume (in out_dir)
     dataset: str = "tasks"  # a name under data/, or a .csv, .tsv, .jsonl or .json file
     out_dir: Free[str] = "out/finetune"  # if it holds a run already, NAME-2, NAME-3 ...
-    val_share: float | None = None  # of the rows; both None: as prepared; one None: 0.1
-    test_share: float | None = None  # of the rows, likewise
+    val_share: float | None = None  # of the rows; None: 0.1, or as prepared
+    test_share: float | None = None  # of the rows, likewise; as prepared if both are None
     test_items: Free[int] = 500  # test rows that are answered or compared, before and after
     # what is trained
     trainable: Literal["all", "last_block", "head", "lora"] = "all"  # head: with the final norm
@@ -98,7 +98,7 @@ class Settings(train.Settings):
     log_interval: Free[int] = 10  # steps between lines of metrics.jsonl
     weight_decay: Tunable[float] = 0.0  # of matrices and embeddings
 
-    EARLIER_NAMES = {"train": "trainable"}  # still understood: earlier name to present one
+    EARLIER_NAMES = {"train": "trainable"}  # old name: present one
 
     def __post_init__(self):
         if self.lora_rank and self.trainable != "lora":
@@ -316,14 +316,14 @@ class Instruct(Stage):
         """The text of an answer's ids, without the one that ends it."""
         return self.tokenizer.decode([token for token in ids if token not in self.stop])
 
-    def own_answer(self, row):
+    def reference_answer(self, row):
         """The row's reference answer."""
         return messages_of(row, self.template)[-1]["content"]
 
     def right_answers(self, model, examples):
-        """Whether each greedy answer is the row's own, surrounding space aside: a list of bools."""
+        """Whether each greedy answer equals the row's reference answer, space around it aside."""
         answers = self.answers(model, examples)
-        own = [self.own_answer(example.row) for example in examples]
+        own = [self.reference_answer(example.row) for example in examples]
         return [given.strip() == wanted.strip() for given, wanted in zip(answers, own, strict=True)]
 
     def evaluate(self, model, context, processes, n_rows=None):
@@ -335,7 +335,7 @@ class Instruct(Stage):
         return figures
 
     def test(self, model, context, folder=None):
-        """The answers' loss and, where answers are compared, exact matches, in all and by kind."""
+        """The answers' loss. Where answers are compared, exact matches too, overall and by kind."""
         examples = spread(self.examples["test"], self.settings.test_items)
         figures = {"answer_loss": self.answer_loss(model, examples, context)}
         if self.compares_answers:
@@ -501,8 +501,9 @@ class Reinforce(Instruct):
 
     The answers to one prompt are a group. An answer's advantage is (reward - mean) / standard
     deviation over its group. The objective is clipped as in PPO, and averaged over the tokens of
-    all groups with unequal rewards: equal ones teach nothing. With kl_coef, all groups are kept and
-    the divergence from the reference model, which is the model before training, is added.
+    all groups with unequal rewards: equal ones teach nothing. With kl_coef, all groups are kept, and
+    the loss gains kl_coef times the divergence from the reference model, which is the model before
+    training.
     Source: arXiv:2402.03300; the mean over tokens and the choice of groups: arXiv:2503.14476.
 
     Where rows have a kind, kinds whose groups often have unequal rewards are drawn more often.
@@ -592,7 +593,7 @@ class Reinforce(Instruct):
         self.count_differing(examples, differs.tolist())
         mean, deviation = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True, correction=0)
         advantages = (rewards - mean) / (deviation + 1e-6)
-        advantages = advantages * differs[:, None]  # rounding leaves a rest where rewards are equal
+        advantages = advantages * differs[:, None]  # rounding leaves a remainder
         advantage_of = dict(zip(pairs, advantages.flatten().tolist(), strict=True))
         kept = [(i, ids) for i, ids in counts if differs[i]]
         if s.kl_coef or not kept:  # a step without any answer would have no loss
@@ -615,7 +616,7 @@ class Reinforce(Instruct):
     def reward_of(self, row, text):
         """The value of the reward function. Without a function: 1 for an exact match, 0 otherwise."""
         if self.reward_function is None:
-            return float(text.strip() == self.own_answer(row).strip())
+            return float(text.strip() == self.reference_answer(row).strip())
         value = self.reward_function(messages_of(row, self.template)[-2]["content"], text)
         try:
             number = float(value)
@@ -632,8 +633,8 @@ class Reinforce(Instruct):
         if step % self.settings.updates_per_sample == 0:
             self.sampled = self.draw(model, examples)
         drawn = self.sampled
-        masks = zip(drawn["sequences"], drawn["is_answer"], strict=True)
-        answered = [Answered(ids, is_answer, row=None) for ids, is_answer in masks]
+        with_masks = zip(drawn["sequences"], drawn["is_answer"], strict=True)
+        answered = [Answered(ids, is_answer, row=None) for ids, is_answer in with_masks]
         logprobs, is_scored = answer_logprobs(model, answered)  # (B, T - 1)
         if "old_logprobs" not in drawn:  # the first update on these answers
             drawn["old_logprobs"] = logprobs.detach()
@@ -705,7 +706,7 @@ def freeze(model, settings):
         if not model.config.tie_weights and not s.lm_weight:
             model.head.weight.requires_grad_(False)  # class logits come from the classifier
     prefixes = {
-        "all": ("",),  # every name begins with nothing
+        "all": ("",),  # every name starts with the empty string
         "head": head,
         "last_block": (last_block, *head),
         "lora": ("classifier.",),
@@ -715,10 +716,8 @@ def freeze(model, settings):
         is_frozen = any(fnmatch(name, pattern) for pattern in s.freeze.split())
         if is_frozen or not (is_lora or name.startswith(prefixes)):
             parameter.requires_grad_(False)
-    n, total = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        model.parameter_count(),
-    )
+    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = model.parameter_count()
     if not n:
         raise ValueError(
             f"trainable={s.trainable} freeze={s.freeze!r} leave nothing to train: freeze less"
@@ -802,7 +801,7 @@ def main(argv):
     if not stop:
         finish(run, context, adapter=s.trainable == "lora")
     lock.release()
-    return 128 + stop if stop else 0
+    return (128 + stop) if stop else 0  # as shells do for signals
 
 
 def evaluate_only(stage, model, context, state, processes):

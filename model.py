@@ -47,8 +47,8 @@ def require(settings, names, is_possible, requirement):
 class GPTConfig:
     """Shape and parts of a model; the defaults are GPT-2 124M without biases.
 
-    None means derived from the other settings, in __post_init__, which raises ValueError for an
-    impossible combination.
+    Where a comment does not say what None means, __post_init__ derives the value. It raises
+    ValueError for an impossible combination.
     """
 
     # model
@@ -100,12 +100,13 @@ class GPTConfig:
 
     def check_values(self):
         """ValueError where a setting is impossible by itself."""
-        for name, hint in typing.get_type_hints(GPTConfig).items():  # without Tunable and Free
+        for name, hint in typing.get_type_hints(GPTConfig).items():  # strips Tunable, Free
             options, value = typing.get_args(hint), getattr(self, name)
             if typing.get_origin(hint) is Literal and value not in options:
                 raise ValueError(f"{name}={value!r} must be one of {' '.join(options)}")
         floats = [name for name, value in vars(self).items() if type(value) is float]
-        require(self, " ".join(floats), math.isfinite, "be a finite number")
+        most = 1e30  # products of larger ones leave float32's range
+        require(self, " ".join(floats), lambda value: abs(value) < most, "be a finite number")
         sizes = "vocab_size block_size n_head n_kv_head n_embd head_dim n_inner n_classes"
         require(self, sizes + " loss_chunk lora_rank", lambda value: value >= 1, "be at least 1")
         require(self, "n_layer", lambda value: value >= 0, "not be negative")
@@ -213,8 +214,8 @@ class KVCache:
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
-        # One tensor for each layer: of a single one for all layers, a compiled step would copy
-        # everything to update a slice.
+        # One tensor per layer: with a single tensor for all layers, a compiled step would copy all
+        # of it to update a slice.
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.ids = torch.zeros(batch_size, max_len, dtype=torch.int64, device=device)
@@ -226,7 +227,7 @@ class KVCache:
 
     def set_rows(self, lengths, source, static=False):
         """Set the true lengths (B,). Where fewer rows were prefilled, row b copies row source[b]."""
-        if len(self.ids) < len(lengths):  # a prompt of several rows was prefilled once
+        if len(self.ids) < len(lengths):  # several rows share one prompt, prefilled once
             self.k = [k[source] for k in self.k]
             self.v = [v[source] for v in self.v]
             self.ids = self.ids[source]
@@ -322,7 +323,7 @@ def sdpa_attention(q, k, v, mask, dropout):
 
 
 def auto_attention(q, k, v, mask, dropout):
-    """The faster of the two: explicit for few positions (T S) on a CPU, sdpa otherwise.
+    """The faster of the two: explicit on a CPU if T x S is small, sdpa otherwise.
 
     A training step on two cores, explicit against sdpa: 17 against 28 ms (0.8M parameters, T 64),
     149 against 178 ms (3.2M parameters, T 256).
@@ -532,7 +533,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-# Plain and alternative versions of three functions; `smear`, `embed_skip` and `loss_chunk` choose.
+# Three functions, each in two versions. The settings smear, embed_skip and loss_chunk choose.
 
 
 def embed_tokens(tok_emb, idx, positions, cache):
@@ -587,7 +588,8 @@ def chunked_cross_entropy(head, x, targets, chunk):
         return cross_entropy(head, x, targets)[0]
 
     pieces = zip(x.split(chunk), targets.split(chunk), strict=True)
-    return sum(recompute(loss_of, *piece, use_reentrant=False) for piece in pieces), None
+    losses = [recompute(loss_of, *piece, use_reentrant=False) for piece in pieces]
+    return sum(losses), None
 
 
 def draw(probs, generator=None):
@@ -633,7 +635,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fresh weights, in reading order: GPT-2's N(0, 0.02), biases zero, norms one."""
+        """Draw fresh weights, from input to output: GPT-2's N(0, 0.02), biases zero, norms one."""
         std = 0.02
         # 2 L outputs are added to the residual stream: 1 / sqrt(2 L) keeps its variance
         residual_std = (
@@ -848,7 +850,7 @@ def count_parameters(config):
     return total + ((C + 1) * c.n_classes if c.n_classes else 0)
 
 
-def config_among(settings, vocab_size):
+def model_config(settings, vocab_size):
     """The model's part of a script's settings, as a GPTConfig with the tokenizer's vocab_size."""
     shape = {field.name: getattr(settings, field.name) for field in fields(GPTConfig)}
     shape["vocab_size"] = vocab_size

@@ -265,7 +265,10 @@ def train_characters(settings, files):
         if documents == 100:
             return None
     if not characters:
-        raise ValueError(f"the text of {settings.name} is empty: give files that hold text")
+        names = " ".join(map(str, files))
+        raise ValueError(
+            f"the text of {settings.name} is empty ({names}): give files that hold text"
+        )
     return int(characters * (1 - settings.val_fraction))
 
 
@@ -569,7 +572,15 @@ def make_tokenizer(settings, files):
         raise FileNotFoundError(
             f"tokenizer={choice} is not there: use char, word, gpt2, train:4096 or a file"
         )
-    return bpe.load_tokenizer(choice)
+    tokenizer = bpe.load_tokenizer(choice)
+    is_bytes = isinstance(tokenizer, bpe.BPETokenizer)
+    needed = {bpe.END_OF_TEXT} if is_bytes else {bpe.END_OF_TEXT, bpe.UNKNOWN}
+    if missing := " ".join(sorted(needed - tokenizer.special_tokens.keys())):
+        raise ValueError(
+            f"tokenizer={choice} has no special token {missing}, which stands in a dataset: "
+            "train one with python bpe.py train"
+        )
+    return tokenizer
 
 
 def prepare_records(settings, source, files):

@@ -59,8 +59,10 @@ class Settings:
     def __post_init__(self):
         floats = "temperature top_p min_p repetition_penalty"
         require(self, floats, math.isfinite, "be a finite number")
-        counts = "max_new_tokens num_samples top_k"
-        require(self, counts, lambda value: value >= 1, "be at least 1")
+        require(self, "num_samples top_k", lambda value: value >= 1, "be at least 1")
+        most = 10**7
+        require(self, "max_new_tokens", lambda value: 1 <= value <= most, "lie in [1, 10,000,000]")
+        require(self, "num_samples", lambda value: value <= 10**5, "be at most 100,000")
         require(self, "top_p min_p", lambda value: 1e-6 <= value <= 1, "lie in [0.000001, 1]")
         require(self, "temperature", lambda value: value >= 0, "not be negative")
         smallest = 1e-4  # below, logits divided by it leave float32's range
@@ -146,7 +148,7 @@ def read_prompt(settings, loaded):
         ids = [tokenizer.bos_id, *ids]
     if len(ids) > config.block_size:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens but block_size={config.block_size}: shorten it"
+            f"the prompt has {len(ids)} tokens but block_size={config.block_size}: shorten --start"
         )
     return ids
 

@@ -2,7 +2,7 @@
 
 A run is a function of (settings, step): the rows of step s, its dropout noise and its learning rate
 come from the seed and s alone. So evaluating more often changes nothing, and a run that is killed
-and resumed ends with the same weights as one that is not. The step itself is in `train`, whole.
+and resumed ends with the same weights as one that is not. `train` holds the whole training step.
 """
 
 import json
@@ -34,7 +34,7 @@ from glass.run import Run, StopSignals, claim_folder, resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, read_config_file, with_role
 from glass.shards import Windows, evaluation_batches, open_dataset
 from glass.weights import load_tokenizer
-from model import GPT, Free, GPTConfig, Tunable, config_among, count_parameters, require
+from model import GPT, Free, GPTConfig, Tunable, count_parameters, model_config, require
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config" / "pydoc_char.py"
 FRESH = ("scratch", "auto")  # the values of init_from that begin with new weights
@@ -50,7 +50,7 @@ class Settings(GPTConfig):
     # what to train, and where it goes
     init_from: Free[str] = "scratch"  # scratch | resume | auto (resume if possible) | gpt2 | FOLDER
     dataset: str = "openwebtext"  # a name under data/, or a folder
-    out_dir: Free[str] = "out"  # of all files; if it holds a run already, NAME-2, NAME-3 ...
+    out_dir: Free[str] = "out"  # of all output; NAME-2 if it holds a run already, then NAME-3 ...
     overwrite: Free[bool] = False  # reuse an out_dir that holds another run
     seed: Tunable[int] = 1337  # of weights, data order and noise
     # evaluation and logging
@@ -104,6 +104,7 @@ class Settings(GPTConfig):
         require(self, "learning_rate muon_lr", lambda value: value > 0, "be positive")
         require(self, "beta1 beta2 momentum", lambda value: 0 <= value < 1, "lie in [0, 1)")
         require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
+        require(self, "sample_tokens", lambda value: value <= 10**7, "be at most 10,000,000")
         require(self, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
 
 
@@ -299,7 +300,7 @@ def compile_in_place(run):
         with autocast(model.device, choose_dtype(s.dtype, model.device)):
             run.task.loss(model, rows, rows, 0).backward()
     except Exception as error:  # a missing part of the compiler can raise any type
-        model._compiled_call_impl = None  # undoes model.compile(), for which torch has no call
+        model._compiled_call_impl = None  # undo model.compile(): torch has no call for it
         say(f"compile failed, training goes on without it ({checkpoint.first_line(error)})")
     model.zero_grad(set_to_none=True)
 
@@ -344,7 +345,7 @@ def build_model(settings, tokenizer, state):
         return GPT(resumed_config(state, s))
     if s.init_from in FRESH:
         torch.manual_seed(s.seed)
-        return GPT(config_among(s, tokenizer.vocab_size))
+        return GPT(model_config(s, tokenizer.vocab_size))
     choices = dict(dropout=s.dropout, attn_dropout=s.attn_dropout)
     choices |= dict(attention=s.attention, loss_chunk=s.loss_chunk)
     model = GPT.from_pretrained(s.init_from, dtype=torch.float32, **choices)
@@ -364,7 +365,7 @@ def check_memory(settings, vocab_size, device):
 
     That is 16 bytes a parameter (weight, gradient, two moments), a step's rows, and the logits.
     """
-    s, config = settings, config_among(settings, vocab_size)
+    s, config = settings, model_config(settings, vocab_size)
     rows = s.batch_size * s.gradient_accumulation_steps * s.block_size
     scored_at_once = min(s.loss_chunk or math.inf, s.batch_size * s.block_size)
     needed = 16 * count_parameters(config) + 8 * rows + 4 * scored_at_once * vocab_size
@@ -408,7 +409,10 @@ def say_settings(settings):
 
 
 def start(settings, chosen, model, task, processes, state):
-    """(Run, lock of its folder): a new run, or the one of `state`, ready to train."""
+    """(Run, lock of its folder): a new run, or the one of `state`, ready to train.
+
+    chosen: the settings as given, before anything is derived.
+    """
     lock = None
     if settings.wandb_log and processes.is_main:
         import_wandb()
@@ -447,13 +451,13 @@ def read_settings(argv):
     from_files = {}
     for path in paths:
         from_files |= read_config_file(Settings, path)
-    # `given` has both: what the files do not say in the same way comes from the command line
+    # `given` merges both: a value that differs from the files' is from the command line
     options = {name for name in given if (name, given[name]) not in from_files.items()}
     return from_files | given, options
 
 
 def with_model(settings, chosen, config, options):
-    """(settings, chosen), both with the architecture of published weights, a GPTConfig.
+    """(settings, chosen), both with the architecture of published weights (config, a GPTConfig).
 
     chosen: the settings as given, before anything is derived; see glass.run.settle. Raises
     ValueError where the command line asks for another architecture.

@@ -30,7 +30,7 @@ import tempfile
 import time
 import typing
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import finetune
@@ -43,6 +43,7 @@ from glass.settings import HOME, choices_of, configure, errors_in_one_line
 from glass.shards import folder_of
 
 SCRIPTS = {"train": train, "finetune": finetune, "sample": sample, "prepare": prepare}
+ALL_SETTINGS = {field.name for script in SCRIPTS.values() for field in fields(script.Settings)}
 TINY = """
     --batch_size=4 --max_iters=4 --eval_interval=2 --log_interval=1 --warmup_iters=1
     --device=cpu --dtype=float32
@@ -96,7 +97,6 @@ class Result:
     case: Case
     kind: str  # ok | refused | long | the kind of a defect
     detail: str  # the last line that the command printed to stderr, or what else happened
-    seconds: float
 
     @property
     def is_defect(self):
@@ -227,10 +227,10 @@ WORK = set(
     num_samples answer_tokens eval_answers test_items group_size block_size n_layer n_embd n_inner
     head_dim vocab_size lora_rank workers tokenizer updates_per_sample warmup_iters""".split()
 )
-LEFT_OUT = {  # these would compile for a minute, or need the network
+LEFT_OUT = {  # slow to compile, or in need of the network
     "compile": {"True"},
     "wandb_log": {"True"},
-    "init_from": {"two words"},
+    "input": {"*", "."},  # these read files that the command did not mean
 }
 
 
@@ -499,12 +499,11 @@ def run_case(case, world, folder, seconds):
     shutil.copytree(world, folder / "world")
     if case.file:
         (folder / "world" / case.file).write_bytes(case.content)
-    before, started_at = digests(folder / "world"), time.perf_counter()
+    before = digests(folder / "world")
     asks_for_much = any(name in WORK and large(text) for name, text in case.changed.items())
     limit = min(seconds, 5) if asks_for_much else seconds
     work = functools.partial(call, case.script, case.words)
     status = run_in_child(work, folder / "world", folder, limit)
-    taken = time.perf_counter() - started_at
     errors = (folder / "stderr").read_text(encoding="utf-8", errors="replace")
     kind, detail = judge(case, status, errors)
     if kind == "hang" and asks_for_much:
@@ -514,7 +513,7 @@ def run_case(case, world, folder, seconds):
     foreign = sorted(name for name in touched if not may_write(case, name, name not in before))
     if foreign and kind in ("ok", "refused", "long"):
         kind, detail = "wrote elsewhere", f"status {status}, changed {' '.join(foreign[:5])}"
-    return Result(case, kind, detail, taken)
+    return Result(case, kind, detail)
 
 
 def large(text):
@@ -560,17 +559,18 @@ def names_cause(case, refusal):
 
     Any setting that it shows as name=value will do, since the cause may lie between two of them.
     """
-    settings = typing.get_type_hints(SCRIPTS[case.script].Settings)
-    if settings.keys() & set(re.findall(r"(\w+)=", refusal)):
+    if ALL_SETTINGS & set(re.findall(r"(\w+)=", refusal)):
         return True
-    names, words = list(case.changed), re.split(r"[\s'\"]+", refusal)
+    if any(word.startswith("--start=") for word in case.words) and "the prompt" in refusal:
+        return True  # what everybody calls that setting
+    names = list(case.changed)
     if case.file:
         path = Path(case.file)
         names += [path.name, path.parent.name or path.name]
-    values = case.changed.values()
-    return any(name in refusal for name in names) or any(
-        value in words or (len(value) > 2 and value in refusal) for value in values
-    )
+    shown = re.split(r"[\s'\"]+", refusal)
+    values = [*case.changed.values(), *(str(Path(text)) for text in case.changed.values())]
+    names += [value for value in values if len(value) > 2]
+    return any(name in refusal for name in names) or any(value in shown for value in values)
 
 
 def may_write(case, name, is_new):

@@ -115,7 +115,7 @@ def load(folder, which="last"):
     if not paths or not paths[0].exists():
         have = ", ".join(map(str, saved_steps(folder))) or "none"
         raise FileNotFoundError(
-            f"{folder} holds no checkpoint ({which}; steps there: {have}): "
+            f"out_dir={folder} holds no checkpoint ({which}; steps there: {have}): "
             "train one first, or name its folder"
         )
     for path in paths:

@@ -19,7 +19,7 @@ def reading(path, advice):
     try:
         yield
     except Exception as error:
-        names_it = isinstance(error, ValueError) and str(path) in str(error)
+        names_it = isinstance(error, ValueError | OSError) and Path(path).name in str(error)
         of_the_system = isinstance(error, OSError) and error.errno is not None
         if names_it or of_the_system or isinstance(error, ImportError):
             raise

@@ -106,6 +106,11 @@ def check_row(where, fields, task):
 
 def check_messages(where, messages):
     """Raise ValueError, with the place, for a conversation that does not end with an answer."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError(
+            f"{where}: messages={messages!r:.40} must be a list of objects with role and content: "
+            "correct it"
+        )
     last = messages[-1] if messages else {}
     if last.get("role") != "assistant" or not str(last.get("content", "")).strip():
         raise ValueError(

@@ -133,12 +133,17 @@ def open_prepared(name, folder):
         )
     splits = {}
     bytes_per_token = {}
-    for split, about in meta["splits"].items():
+    for split in ("train", "val"):
+        about = meta["splits"][split]
         paths = [(folder / shard["file"], shard["tokens"]) for shard in about["shards"]]
         splits[split] = [map_own_shard(path, tokens, meta["dtype"]) for path, tokens in paths]
         bytes_per_token[split] = about["bytes"] / max(1, about["tokens"])
     check_tokens(folder, splits, meta["vocab_size"])
     tokenizer = bpe.load_tokenizer(meta["tokenizer"])
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise ValueError(
+            f"vocab_size={meta['vocab_size']} but the tokenizer has {tokenizer.vocab_size} ids"
+        )
     identity = meta["tokenizer"], meta, splits, bytes_per_token, meta["sha256"]
     return Dataset(folder, tokenizer, *identity)
 

@@ -718,5 +718,10 @@ def stop_ids(name_or_folder):
     for name in (GENERATION, CONFIG):
         ids = read_json(folder / name, {}).get("eos_token_id")
         if ids is not None:
-            return list(ids) if isinstance(ids, list) else [ids]
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(
+                    f"{folder / name} says eos_token_id={ids!r:.40}, needed are ids: download it again"
+                )
+            return ids
     return []
