@@ -105,7 +105,7 @@ class GPTConfig:
             if typing.get_origin(hint) is Literal and value not in options:
                 raise ValueError(f"{name}={value!r} must be one of {' '.join(options)}")
         floats = [name for name, value in vars(self).items() if type(value) is float]
-        most = 1e30  # products of larger ones leave float32's range
+        most = 3e38  # the largest of float32, about
         require(self, " ".join(floats), lambda value: abs(value) < most, "be a finite number")
         sizes = "vocab_size block_size n_head n_kv_head n_embd head_dim n_inner n_classes"
         require(self, sizes + " loss_chunk lora_rank", lambda value: value >= 1, "be at least 1")

@@ -230,7 +230,7 @@ WORK = set(
 LEFT_OUT = {  # slow to compile, or in need of the network
     "compile": {"True"},
     "wandb_log": {"True"},
-    "input": {"*", "."},  # these read files that the command did not mean
+    "input": {"*", ".", ""},  # these read files that the command did not mean
 }
 
 
@@ -524,7 +524,7 @@ def large(text):
 def judge(case, status, errors):
     """(kind, detail) of a command, by its exit status and what it printed to stderr."""
     lines = errors.strip().splitlines() or [""]
-    last = lines[-1][:300]
+    whole, last = lines[-1], lines[-1][:300]
     if status is None:
         return "hang", f"still running at the limit; {last}"
     if status == 0:
@@ -540,7 +540,7 @@ def judge(case, status, errors):
         return "status", f"status {status}; {last}"
     if not last.startswith("error: "):
         return "no error line", last
-    if not names_cause(case, last):
+    if not names_cause(case, whole):
         return "names nothing", last
     return "refused", last
 
@@ -569,7 +569,10 @@ def names_cause(case, refusal):
         names += [path.name, path.parent.name or path.name]
     shown = re.split(r"[\s'\"]+", refusal)
     values = [*case.changed.values(), *(str(Path(text)) for text in case.changed.values())]
-    names += [value for value in values if len(value) > 2]
+    folders = [str(Path(text).parent) for text in case.changed.values()]
+    names += [value for value in values + folders if len(value) > 2]
+    # a task that was generated may not fit the rows, which are then what the refusal names
+    names += [w.removeprefix("--dataset=") for w in case.words if w.startswith("--dataset=rows/")]
     return any(name in refusal for name in names) or any(value in shown for value in values)
 
 
