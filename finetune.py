@@ -37,7 +37,7 @@ from glass.device import (
     keep_freed_memory,
 )
 from glass.generate import answer, padded
-from glass.progress import Progress, described, draw_confusion, say
+from glass.progress import Progress, described, draw_confusion, say, warned_about
 from glass.records import read_records, spread
 from glass.run import resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, with_role
@@ -72,7 +72,7 @@ class Settings(train.Settings):
     # classify
     balance: Literal["none", "undersample", "weights"] = "none"  # equal class sizes or weights
     prefix_weight: Tunable[float] = 0.0  # weight of classifying every prefix of a text too
-    lm_weight: Tunable[float] = 0.0  # weight of predicting the text itself, beside its class
+    lm_weight: float = 0.0  # weight of predicting the text itself, beside its class
     # instruct, prefer, reinforce
     template: str = "auto"  # markers | alpaca | llama3 | chatml; auto: by the tokenizer's markers
     exact_match: Free[bool | Literal["auto"]] = "auto"  # score exact matches; auto: by the rows
@@ -116,6 +116,7 @@ class Settings(train.Settings):
         super().__post_init__()
         counts = "test_items answer_tokens eval_answers group_size updates_per_sample"
         require(self, counts, lambda value: value >= 1, "be at least 1")
+        require(self, "answer_tokens", lambda value: value <= 10**5, "be at most 100,000")
         not_negative = "prefix_weight lm_weight dpo_beta clip kl_coef val_share test_share"
         require(self, not_negative, lambda value: value >= 0, "not be negative")
         if (self.val_share or 0) + (self.test_share or 0) >= 1:
@@ -232,7 +233,9 @@ class Classify(Stage):
         pairs = labels * n + logits.argmax(-1)
         confusion = torch.bincount(pairs, minlength=n * n).view(n, n)  # (true, predicted)
         if folder:
-            draw_confusion(confusion.tolist(), self.labels, folder / "confusion.png")
+            path = folder / "confusion.png"
+            with warned_about(path):
+                draw_confusion(confusion.tolist(), self.labels, path)
         right, true, predicted = confusion.diag().float(), confusion.sum(1), confusion.sum(0)
         figures = {
             "accuracy": (right.sum() / confusion.sum()).item(),
@@ -777,8 +780,8 @@ def main(argv):
     records = read_records(s)
     if state and state["data"] != records.sha256:
         raise ValueError(
-            f"dataset={s.dataset} is not what {s.out_dir} was trained on: restore it, "
-            "or start a new run"
+            f"dataset={s.dataset}, split by seed={s.seed}, is not what {s.out_dir} was trained on: "
+            "restore both, or start a new run"
         )
     if device.type == "cpu":
         keep_freed_memory()

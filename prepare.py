@@ -37,7 +37,7 @@ import bpe
 from glass.files import lock, reading, write_json
 from glass.settings import errors_in_one_line, read_arguments
 from glass.shards import MAKING, META, ShardWriter, folder_of, token_dtype
-from glass.sources import SOURCES, fetch, find_file
+from glass.sources import SOURCES, fetch, find_file, parse_json
 
 PIECE = 100_000  # characters that one call of a tokenizer gets
 BATCH = 500_000  # characters that one call of a worker gets
@@ -185,21 +185,17 @@ def read_jsonl(path, settings):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8", settings.errors))
+                text = line.decode("utf-8", settings.errors)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path} line {number} is not UTF-8 ({error.reason}): use --errors=replace"
                 ) from None
-            except json.JSONDecodeError as error:
+            record = parse_json(text, f"{path} line {number}", dict)
+            if key in record and not isinstance(record[key], str):
                 raise ValueError(
-                    f"{path} line {number} is not JSON ({error}): correct or remove it"
-                ) from None
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path} line {number} is a {type(record).__name__} but must be an object "
-                    f"with a text under {key!r}: correct or remove it"
+                    f"{path} line {number}: {key}={record[key]!r:.40} must be a text: correct it"
                 )
-            if not isinstance(record.get(key), str):
+            if key not in record:
                 raise ValueError(
                     f"{path} line {number} has no text under {key!r}, only {sorted(record)}: "
                     "name the key with --text_key"
@@ -222,6 +218,11 @@ def read_parquet(path, settings):
             )
         for rows in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
             for text in rows.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    raise ValueError(
+                        f"{path}: {key} holds {text!r:.40}, but must hold texts: "
+                        "name another column with --text_key"
+                    )
                 yield bpe.pieces_of(text or "", PIECE)
 
 
@@ -627,9 +628,9 @@ def download_bytes(name):
     return sum(file.bytes for file in downloads if not find_file(folder_of(name), file))
 
 
-def main():
+def main(argv):
     """Prepare the dataset that the command line names."""
-    arguments = read_arguments(Settings, sys.argv[1:], positional="NAME")
+    arguments = read_arguments(Settings, argv, positional="NAME")
     names = arguments.names
     if len(names) > 1:
         raise ValueError(f"names={names} are {len(names)} datasets: prepare one at a time")
@@ -641,4 +642,4 @@ def main():
 
 if __name__ == "__main__":
     with errors_in_one_line():
-        main()
+        main(sys.argv[1:])

@@ -141,6 +141,8 @@ def read_prompt(settings, loaded):
         if not path.is_file():
             raise ValueError(f"the prompt file {path} does not exist: name one that does")
         text = bpe.read_text(path)
+    if settings.start == Settings.start and tokenizer.unknown_characters(text):
+        text = ""  # a text without line breaks was learnt: begin with whatever can begin one
     check_known(tokenizer, text, settings.start)
     allowed = {bpe.END_OF_TEXT} & tokenizer.special_tokens.keys()
     ids = tokenizer.encode(text or "".join(allowed) or "\n", allowed_special=allowed)

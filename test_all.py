@@ -237,6 +237,12 @@ def tokens_of(dataset, split):
     return np.concatenate(dataset.splits[split]) if dataset.splits[split] else np.array([], int)
 
 
+def sha_before(meta, name):
+    """The sha256 that a meta.json gives for the shard `name`."""
+    shards_of_splits = (shard for split in meta["splits"].values() for shard in split["shards"])
+    return next(shard["sha256"] for shard in shards_of_splits if shard["file"] == name)
+
+
 def last_line(folder, key):
     """The last line of metrics.jsonl that has the key."""
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
@@ -859,7 +865,7 @@ def test_shards_do_not_depend_on_workers_or_shard_size(in_tmp_path):
 def test_killed_run_continues_to_the_same_bytes(in_tmp_path):
     Path("a.txt").write_text("".join(f"line {i} of a text\n" for i in range(600_000)))
     make("undisturbed", "a.txt")
-    program = "import prepare; prepare.SAVE_SECONDS = 0; prepare.main()"
+    program = "import sys; import prepare; prepare.SAVE_SECONDS = 0; prepare.main(sys.argv[1:])"
     command = [sys.executable, "-c", program, "killed", "--input", "a.txt", "--tokenizer=char"]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     process = subprocess.Popen(
@@ -904,6 +910,59 @@ def test_bad_input_is_refused_by_name(in_tmp_path, file, content, error):
     with pytest.raises(ValueError, match=error):
         make("own", file)
     assert not Path("data/own/meta.json").exists()
+
+
+DAMAGED = {
+    "a torn gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "to be"}\n' * 50)[:40]),
+    "a text that is no gzip": ("a.jsonl.gz", b'{"text": "to be"}\n'),
+    "an empty parquet": ("a.parquet", b""),
+    "a torn parquet": ("a.parquet", b"PAR1" + bytes(40)),
+    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n'),
+    "half a character, packed": ("a.jsonl.gz", gzip.compress(b'{"text": "\\ud83d"}\n')),
+    "a number for a text": ("a.jsonl", b'{"text": 5}\n'),
+    "a list for a row": ("a.jsonl", b"[1, 2]\n"),
+    "a folder": ("a.txt", None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_text_is_one_line_that_names_it(in_tmp_path, capsys, case):
+    name, content = DAMAGED[case]
+    Path(name).mkdir() if content is None else Path(name).write_bytes(content)
+    words = ["own", "--input", name, "--tokenizer=char"]
+    status, _, err = run_main(prepare.main, words, capsys)
+    assert status == 2 and err.count("\n") == 1 and name in err
+    assert not Path("data/own/meta.json").exists()
+
+
+def test_parquet_of_lists_or_bytes_is_named(in_tmp_path, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for column in ([["a", "b"]], [b"\xff\xfe"], [5]):
+        parquet.write_table(pyarrow.table({"text": column}), "c.parquet")
+        words = ["own", "--input", "c.parquet", "--tokenizer=char"]
+        status, _, err = run_main(prepare.main, words, capsys)
+        assert status == 2 and err.count("\n") == 1 and "c.parquet" in err, column
+
+
+def test_a_tokenizer_that_does_not_know_the_text_is_refused_unless_asked(workdir, capsys):
+    Path("digits.txt").write_text("0123456789" * 200 + "To be " * 60)
+    words = ["other", "--input", "digits.txt", "--tokenizer=data/small/meta.json"]
+    Path("tokenizer.json").write_text(
+        json.dumps(json.loads(Path("data/small/meta.json").read_text())["tokenizer"])
+    )
+    words[-1] = "--tokenizer=tokenizer.json"
+    status, _, err = run_main(prepare.main, words, capsys)
+    assert status == 2 and "%" in err and "allow_unknown" in err
+    assert not Path("data/other/meta.json").exists()
+    status, out, _ = run_main(prepare.main, [*words, "--allow_unknown=True"], capsys)
+    assert status == 0 and "unknown" in out and Path("data/other/meta.json").exists()
+
+
+def test_ones_own_text_under_a_known_name_is_not_called_the_datasets(in_tmp_path, capsys):
+    Path("own.txt").write_text("some text " * 100)
+    status, out, _ = run_main(prepare.main, ["pydoc", "--input", "own.txt"], capsys)
+    assert status == 0 and "documentation of Python" not in out
+    assert "documentation of Python" not in Path("data/pydoc/meta.json").read_text()
 
 
 def test_bytes_that_are_not_utf8_are_replaced_on_request(in_tmp_path):
@@ -1103,6 +1162,14 @@ def test_patience_ends_a_run_that_no_longer_improves(workdir, capsys):
         (["--seed=-1"], "seed=-1 must lie in [0, 2^63)"),
         (["--beta1=1.0"], "beta1=1.0 must lie in [0, 1)"),
         (["--batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--seed=9223372036854775808"], "seed=9223372036854775808 must lie in [0, 2^63)"),
+        (["--max_iters=9223372036854775808"], "must be at most 1,000,000,000"),
+        (["--device=meta"], "device=meta"),
+        (["--dropout=0.999"], "dropout=0.999 must lie in [0, 0.99]"),
+        (["--beta2=1"], "beta2=1.0 must lie in [0, 1)"),
+        (["--loss_chunk=0"], "loss_chunk=0 must be at least 1"),
+        (["--rope_scaling={}"], "rope_scaling={}"),
+        (["--wandb_project=caf\udce9"], "is not UTF-8"),
     ],
 )
 def test_bad_input_of_train_is_one_line_and_status_2(workdir, capsys, words, says):
@@ -1334,6 +1401,71 @@ RATES = (
     "--learning_rate=1e-30 --muon_lr=1e-30 --min_lr=0 --weight_decay=0.0 --muon_weight_decay=0.0 "
     "--beta1=0.5 --momentum=0.4"
 )
+
+
+@pytest.mark.parametrize("out_dir", ["small.txt", "small.txt/run", "out/" + "x" * 300])
+def test_an_out_dir_that_cannot_be_made_is_named(workdir, capsys, out_dir):
+    status, _, err = run_main(train.main, [*TINY_RUN, f"--out_dir={out_dir}"], capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert out_dir[:200] in err and "cannot be used" in err
+    assert Path("small.txt").read_text() == TEXT
+
+
+def test_a_run_is_no_published_model(trained, capsys):
+    status, _, err = run_main(
+        train.main, [*TINY_RUN, "--init_from=out/small", "--out_dir=out/b"], capsys
+    )
+    assert status == 2 and "--init_from=resume --out_dir=out/small" in err
+    assert not Path("out/b").exists()
+
+
+def test_a_run_without_a_step_names_no_command_that_fails(workdir, capsys):
+    status, out, _ = run_main(train.main, [*TINY_RUN, "--max_iters=0"], capsys)
+    assert status == 0 and "sample.py" not in out and "to go on" not in out
+    status, _, err = run_main(sample.main, ["--out_dir=out/small"], capsys)
+    assert status == 2 and "out_dir=out/small holds no checkpoint" in err
+
+
+def test_a_text_that_stdout_cannot_write_is_written_with_question_marks(workdir):
+    Path("wide.txt").write_text("wörds ☃ and more wörds ☃\n" * 200, encoding="utf-8")
+    make("wide", "wide.txt")
+    environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    command = [sys.executable, str(HERE / "train.py"), *TINY_RUN, "--dataset=wide"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert checkpoint.saved_steps("out/small") == [3, 6]
+
+
+def test_files_that_a_kill_left_half_written_are_removed(trained, capsys):
+    for name in ("best.tmp", "ckpt_0000009.tmp"):
+        Path("out/small", name).write_bytes(b"half")
+    status, _, _ = resume("out/small", capsys, "--max_iters=8")
+    assert status == 0 and not list(Path("out/small").glob("*.tmp"))
+
+
+def test_nanogpts_files_that_are_empty_or_odd_are_named(in_tmp_path, gpt2, capsys):
+    Path("data/nano").mkdir(parents=True)
+    np.array(gpt2.encode("a b c d " * 50), "<u2").tofile("data/nano/val.bin")
+    for content in (b"", b"\0\0\0"):
+        Path("data/nano/train.bin").write_bytes(content)
+        status, _, err = run_main(train.main, [*TINY_RUN, "--dataset=nano"], capsys)
+        assert status == 2 and err.count("\n") == 1 and "train.bin" in err
+    assert not Path("out").exists()
+
+
+def test_ids_beyond_the_vocabulary_are_found_in_every_shard(workdir, capsys):
+    make("parts", "small.txt", shard_tokens=1000, overwrite=True)
+    paths = sorted(Path("data/parts").glob("train_*.bin"))
+    meta = json.loads(Path("data/parts/meta.json").read_text())
+    tokens = np.fromfile(paths[-1], "<u2")
+    tokens[5] = 60_000
+    tokens.tofile(paths[-1])
+    Path("data/parts/meta.json").write_text(
+        json.dumps(meta).replace(sha_before(meta, paths[-1].name), files.sha256_of(paths[-1]))
+    )
+    status, _, err = run_main(train.main, [*TINY_RUN, "--dataset=parts"], capsys)
+    assert len(paths) > 1 and status == 2 and err.count("\n") == 1
+    assert paths[-1].name in err and "60000" in err
 
 
 def test_resuming_with_other_rates_changes_the_update_itself(workdir, capsys):
@@ -1951,6 +2083,25 @@ BAD_ROWS = {
     "a missing column": ("classify", '{"text": "to be"}', "line 61", "label"),
     "an empty text": ("classify", '{"text": " ", "label": "a"}', "line 61", "must be a text"),
     "no JSON": ("classify", '{"text"', "line 61", "not JSON"),
+    "a message of nobody": (
+        "instruct",
+        '{"messages": [{"content": "to"}, {"role": "assistant", "content": "be"}]}',
+        "line 61",
+        "role=None",
+    ),
+    "a message of a bot": (
+        "instruct",
+        '{"messages": [{"role": "bot", "content": "to"}, {"role": "assistant", "content": "be"}]}',
+        "line 61",
+        "role='bot'",
+    ),
+    "messages that are a text": ("instruct", '{"messages": "hi"}', "line 61", "must be a list"),
+    "half a character": (
+        "instruct",
+        '{"instruction": "\\ud83d", "output": "be"}',
+        "line 61",
+        "ud83d",
+    ),
     "an empty answer": ("instruct", '{"instruction": "to", "output": ""}', "line 61", "output=''"),
     "messages without an end": (
         "instruct",
@@ -1993,6 +2144,61 @@ def test_finetuning_refuses_what_cannot_be(base, capsys):
             finetune.main, [*TINY_TUNE, *words, "--out_dir=out/tuned"], capsys
         )
         assert status == 2 and err.count("\n") == 1 and expected in err, (words, err)
+    assert not Path("out/tuned").exists()
+
+
+def test_a_resumed_fine_tune_names_or_refuses_every_other_setting(long_base, capsys):
+    """Each of these changes the loss (named) or what the state belongs to (refused)."""
+    named = {
+        "prefer": ["dpo_beta=0.5"],
+        "reinforce": ["clip=0.3", "group_size=4"],
+        "classify": ["prefix_weight=0.5"],
+    }
+    refused = {
+        "prefer": ["freeze=blocks.*"],
+        "reinforce": ["trainable=head"],
+        "classify": ["lm_weight=0.3", "freeze=blocks.*", "balance=undersample"],
+    }
+    for task in named:
+        assert tune(task, capsys, "--max_iters=3", out=task)[0] == 0
+        words = ["--init_from=resume", f"--out_dir=out/{task}", "--max_iters=3"]
+        for word in named[task]:
+            _, out, _ = run_main(finetune.main, [*words, f"--{word}"], capsys)
+            name, _, value = word.partition("=")
+            assert f"resuming with {name}={value} (was " in out
+        for word in refused[task]:
+            status, _, err = run_main(finetune.main, [*words, f"--{word}"], capsys)
+            assert status == 2 and err.count("\n") == 1
+            assert "which its weights and state depend on" in err, word
+
+
+def test_another_seed_splits_the_rows_otherwise_and_says_so(long_base, capsys):
+    tune("instruct", capsys)
+    status, _, err = run_main(
+        finetune.main, ["--init_from=resume", "--out_dir=out/tuned", "--seed=3"], capsys
+    )
+    assert status == 2 and "split by seed=3, is not what out/tuned was trained on" in err
+
+
+@pytest.mark.pictures
+def test_labels_may_hold_what_is_a_formula_in_a_picture(long_base, capsys):
+    Path("classes.jsonl").write_text(
+        Path("classes.jsonl").read_text().replace('"label": "a"', r'"label": "$\\foo$"')
+    )
+    assert tune("classify", capsys)[0] == 0
+    assert Path("out/tuned/confusion.png").stat().st_size > 1000
+
+
+def test_a_reward_that_does_not_run_is_one_line(long_base, capsys):
+    for content in (
+        b"def reward(",
+        b"import nosuch_package\n",
+        b"reward = 5\n",
+        b"PK\x05\x06" + 18 * b"\0",
+    ):
+        Path("reward.py").write_bytes(content)
+        status, _, err = tune("reinforce", capsys, "--reward=reward.py")
+        assert status == 2 and err.count("\n") == 1 and "reward.py" in err, content
     assert not Path("out/tuned").exists()
 
 
@@ -2193,6 +2399,16 @@ def test_sample_without_a_run_says_what_to_do(tmp_path, monkeypatch, capsys):
     assert status == 2 and err.startswith(
         "error: there is no run under out/ yet: python train.py makes one"
     )
+
+
+def test_a_model_without_line_breaks_begins_without_one(workdir, capsys):
+    Path("flat.txt").write_text(TEXT.replace("\n", " "))
+    make("flat", "flat.txt")
+    run_main(train.main, [*TINY_RUN, "--dataset=flat", "--out_dir=out/flat"], capsys)
+    status, _, err = run_main(sample.main, ["--out_dir=out/flat", "--max_new_tokens=5"], capsys)
+    assert status == 0 and "tokens, " in err
+    status, _, err = run_main(sample.main, ["--out_dir=out/flat", "--start=a\n"], capsys)
+    assert status == 2 and "does not know '\\n'" in err
 
 
 def test_weights_that_are_not_numbers_are_refused(trained, capsys):

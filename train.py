@@ -104,6 +104,7 @@ class Settings(GPTConfig):
         require(self, "learning_rate muon_lr", lambda value: value > 0, "be positive")
         require(self, "beta1 beta2 momentum", lambda value: 0 <= value < 1, "lie in [0, 1)")
         require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
+        require(self, "max_iters", lambda value: value <= 10**9, "be at most 1,000,000,000")
         require(self, "sample_tokens", lambda value: value <= 10**7, "be at most 10,000,000")
         require(self, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
 

@@ -455,7 +455,7 @@ def call(script, words):
     sys.argv = [f"{script}.py", *words]
     main = SCRIPTS[script].main
     with errors_in_one_line():
-        status = main() if script == "prepare" else main(words)
+        status = main(words)
     if status:
         raise SystemExit(status)
 

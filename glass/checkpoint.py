@@ -95,6 +95,7 @@ def mark_best(folder, step):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
     os.replace(temporary, folder / "best.pt")
+    temporary.unlink(missing_ok=True)  # a rename between two names of one file leaves both
     sync_folder(folder)
 
 
@@ -231,6 +232,13 @@ def newest_run(root="."):
             "or name its folder with --out_dir=FOLDER"
         )
     return max(runs, key=lambda run: checkpoint_path(run, saved_steps(run)[-1]).stat().st_mtime)
+
+
+def remove_half_written(folder):
+    """Remove the temporary files that a killed run left in the folder."""
+    for path in Path(folder).glob("*.tmp"):
+        if re.fullmatch(r"ckpt_\d+\.tmp|best\.tmp", path.name):
+            path.unlink()
 
 
 def set_aside(folder):

@@ -166,8 +166,9 @@ class Progress:
             say(f"stopped by {name} after step {run.step}; {run.last_checkpoint()}")
         if run.step < run.settings.max_iters and run.saved_step is not None:
             say(f"to go on: python {script} --init_from=resume --out_dir={run.folder}")
-        seconds = f"{self.seconds():.1f} s of training in all"
-        say(f"{seconds}; for text: python sample.py --out_dir={run.folder}")
+        say(f"{self.seconds():.1f} s of training in all")
+        if run.saved_step is not None:
+            say(f"for text: python sample.py --out_dir={run.folder}")
 
 
 def read_metrics(path):
@@ -176,10 +177,10 @@ def read_metrics(path):
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            is_ours = isinstance(line, dict) and isinstance(line.get("step"), int)
-            is_ours = is_ours and all(
+            is_ours = isinstance(line, dict) and all(
                 isinstance(value, int | float | types.NoneType) for value in line.values()
             )
+            is_ours = is_ours and all(type(line.get(key)) is int for key in ("step", "tokens"))
         except ValueError:
             is_ours = False
         if is_ours:
@@ -272,8 +273,9 @@ def draw_confusion(confusion, labels, path):
             axes.text(predicted, true, count, ha="center", va="center", color=colour)
     places = range(len(labels))
     axes.set(xlabel="predicted", ylabel="true", xticks=places, yticks=places)
-    axes.set_xticklabels(labels)
-    axes.set_yticklabels(labels)
+    texts = [label.replace("$", r"\$") for label in labels]  # else matplotlib sets them as formulas
+    axes.set_xticklabels(texts)
+    axes.set_yticklabels(texts)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 import prepare
 from glass import sources
+from glass.chat import MARKERS
 from glass.progress import say
 from glass.shards import META, folder_of
 
@@ -117,6 +118,12 @@ def check_messages(where, messages):
             f"{where}: messages must end with what the assistant says: "
             "add an answer, or remove the row"
         )
+    for message in messages:
+        if message.get("role") not in MARKERS:
+            raise ValueError(
+                f"{where}: role={message.get('role')!r} of a message must be system, user or "
+                "assistant: correct it"
+            )
     are_texts = all(isinstance(message.get("content"), str) for message in messages)
     if len(messages) < 2 or not are_texts:
         raise ValueError(

@@ -106,6 +106,7 @@ def claim_folder(settings, resumes):
         say(f"{wanted} holds a run already, so this one goes to {folder} ({advice})")
     Path(folder).mkdir(parents=True, exist_ok=True)
     held = lock(folder, f"out_dir={folder}")
+    checkpoint.remove_half_written(folder)
     if settings.overwrite and not resumes:
         checkpoint.remove_run(folder)
     if not resumes:

@@ -62,7 +62,7 @@ def read_arguments(Settings, argv, positional=None):
             if is_list(types_of[name]):
                 value = [text] if equals else []
                 value += take_list(words)
-                arguments.given[name] = value
+                arguments.given[name] = check_type(f"--{name}", value, types_of[name])
             else:
                 parsed = parse(value, types_of[name])
                 arguments.given[name] = check_type(word.partition("=")[0], parsed, types_of[name])
@@ -197,8 +197,11 @@ def parse(text, hint):
 def check_type(name, value, hint):
     """value as the type `hint` wants it: an int becomes a float if a float is wanted.
 
-    Raises ValueError for a value of another type.
+    Raises ValueError for a value of another type, or a text that no file could hold.
     """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{name}={text!r} is not UTF-8: type it again, or rename the file")
     for choice in choices_of(hint):
         if typing.get_origin(choice) is typing.Literal:
             if value in typing.get_args(choice):

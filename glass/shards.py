@@ -138,7 +138,7 @@ def open_prepared(name, folder):
         paths = [(folder / shard["file"], shard["tokens"]) for shard in about["shards"]]
         splits[split] = [map_own_shard(path, tokens, meta["dtype"]) for path, tokens in paths]
         bytes_per_token[split] = about["bytes"] / max(1, about["tokens"])
-    check_tokens(folder, splits, meta["vocab_size"])
+    check_tokens(splits, meta["vocab_size"])
     tokenizer = bpe.load_tokenizer(meta["tokenizer"])
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise ValueError(
@@ -178,7 +178,7 @@ def open_foreign(name, folder):
         )
     print(f"{folder} has no {META}: its tokens are taken to be GPT-2's")
     splits = {split: [map_foreign_shard(path) for path in found] for split, found in paths.items()}
-    check_tokens(folder, splits, GPT2_VOCAB_SIZE)
+    check_tokens(splits, GPT2_VOCAB_SIZE)
     tokenizer = bpe.BPETokenizer.from_gpt2()
     bytes_per_token = {}
     for split, shards in splits.items():
@@ -202,12 +202,16 @@ def has_header(path):
 def map_foreign_shard(path):
     """A memory map of the tokens in a file of nanoGPT or llm.c: (tokens,) uint16.
 
-    Raises ValueError for a header that does not fit the file.
+    Raises ValueError for a header or a size that does not fit.
     """
+    n_bytes = path.stat().st_size
+    if n_bytes == 0 or n_bytes % 2:
+        raise ValueError(
+            f"{path} has {n_bytes:,} bytes, but two are needed for each token: make it again"
+        )
     if not has_header(path):
         return np.memmap(path, "<u2", "r")
     _, version, tokens = np.fromfile(path, "<i4", 3).tolist()
-    n_bytes = path.stat().st_size
     if version != 1 or n_bytes != LLMC_HEADER * 4 + tokens * 2:
         raise ValueError(
             f"{path} has version={version} and {n_bytes:,} bytes for {tokens:,} tokens, but needs "
@@ -216,14 +220,13 @@ def map_foreign_shard(path):
     return np.memmap(path, "<u2", "r", offset=LLMC_HEADER * 4)
 
 
-def check_tokens(folder, splits, vocab_size):
-    """Raise ValueError if the first million tokens of a split hold one outside the vocabulary."""
-    for split, shards in splits.items():
-        beginnings = [shard[:1_000_000] for shard in shards[:1] if len(shard)]
-        largest = max((int(tokens.max()) for tokens in beginnings), default=0)
+def check_tokens(splits, vocab_size):
+    """Raise ValueError if the first million tokens of a shard hold one outside the vocabulary."""
+    for shard in splits["train"] + splits["val"]:
+        largest = int(shard[:1_000_000].max()) if len(shard) else 0
         if largest >= vocab_size:
             raise ValueError(
-                f"{folder} holds token {largest} in {split} but vocab_size={vocab_size}: "
+                f"{shard.filename} holds token {largest} but vocab_size={vocab_size}: "
                 "run prepare.py again with --overwrite=True"
             )
 

@@ -372,8 +372,14 @@ def parse_json(text, where, kind):
     """What JSON text holds. Raises ValueError, with the place, for anything but a `kind`."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error}): correct it") from error
+    if "\\ud" in text.lower():  # half of a pair of escapes stands for no character
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(f"{where} holds {half}, which is no character: correct it") from error
     return check_is(value, where, kind)
 
 

@@ -177,8 +177,11 @@ def read_reward(path):
         raise ValueError(
             f"reward={path} does not exist: give a Python file with reward(prompt, answer) -> float"
         )
-    with reading(path, "correct it"):
-        reward = runpy.run_path(path).get("reward")
+    try:
+        with reading(path, "correct it"):
+            reward = runpy.run_path(path).get("reward")
+    except ImportError as error:
+        raise ValueError(f"reward={path} does not run ({error}): correct it") from error
     if not callable(reward):
         raise ValueError(f"reward={path} has no function reward(prompt, answer): define it")
     return reward

@@ -446,6 +446,11 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
     anything that does not fit.
     """
     folder = find_folder(name_or_folder)
+    if checkpoint.saved_steps(folder):
+        raise ValueError(
+            f"{folder} is a run's folder, and published weights are needed: go on with "
+            f"--init_from=resume --out_dir={folder}, or tune it with finetune.py"
+        )
     with reading(folder / CONFIG, "download it again"):
         layout, config = read_config(folder)
     if config.n_layer > len(
