@@ -1,10 +1,12 @@
 """Every promise, once: `python -m pytest test_all.py`. CPU, seeded, no network; files only in temporary folders."""
 
+import ast
 import collections
 import dataclasses
 import errno
 import gzip
 import hashlib
+import html.parser
 import json
 import math
 import os
@@ -29,6 +31,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import bpe
+import evaluate
 import finetune
 import model as model_module
 import prepare
@@ -37,11 +40,15 @@ import train
 from glass import (
     chat,
     checkpoint,
+    core,
     files,
     generate,
+    intervals,
+    items,
     optim,
     progress,
     records,
+    score,
     shards,
     sources,
     weights,
@@ -159,8 +166,9 @@ def base(workdir, capsys):
         ],
         "pairs": [{"instruction": t[:4], "chosen": "to be", "rejected": "nor"} for t in texts],
     }
-    for name, items in rows.items():
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    for name, examples in rows.items():
+        lines = [json.dumps(example) + "\n" for example in examples]
+        Path(f"{name}.jsonl").write_text("".join(lines))
     return workdir
 
 
@@ -2482,6 +2490,407 @@ def test_a_tuned_model_chats_in_the_template_it_was_tuned_on(long_base, capsys, 
     tune("classify", capsys, out="classes")
     settings = [sample.Settings(out_dir=f"out/{name}") for name in ("small", "tuned", "classes")]
     assert [sample.load_model(s).chat_template for s in settings] == [None, "markers", None]
+
+
+# ------------------------------------------------------------------------------------------------ evaluate.py
+
+
+def ascii_tokenizer():
+    return bpe.CharTokenizer.train("".join(map(chr, range(32, 127))) + "\n")
+
+
+def loaded_tiny(**settings):
+    tokenizer = ascii_tokenizer()
+    model = tiny_model(vocab_size=tokenizer.vocab_size, block_size=256, **settings)
+    return sample.Loaded(model, tokenizer, [], None)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(pos="rope", smear=True, n_kv_head=2)])
+def test_endings_score_as_in_whole_rows(settings):
+    model, rng = tiny_model(**settings), np.random.default_rng(1)
+    pairs = []
+    for _ in range(9):
+        context = rng.integers(61, size=rng.integers(1, 24)).tolist()
+        for _ in range(rng.integers(1, 4)):
+            pairs.append((context, rng.integers(61, size=rng.integers(1, 9)).tolist()))
+    for (context, ending), found in zip(pairs, score.score_endings(model, pairs), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([context + ending]))[0][0, len(context) - 1 : -1]
+        chosen = logits.log_softmax(-1)[range(len(ending)), ending]
+        assert found.logprob == pytest.approx(chosen.sum().item(), abs=1e-4)
+        assert found.is_greedy == (logits.argmax(-1).tolist() == ending)
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(8, 8), (8, 3), (100, 100), (1, 1)])
+def test_windows_score_every_token_of_a_text_once(block_size, stride):
+    ids = list(range(1, 31))
+    rows = score.windows_of(ids, [0], block_size, stride)
+    assert [token for row, n in rows for token in row[len(row) - n :]] == ids
+    assert all(len(row) <= block_size + 1 for row, _ in rows)
+    assert all(row == list(range(row[0], row[0] + len(row))) for row, _ in rows)
+    assert all(n == min(stride, 30 - row[-1] + n) for row, n in rows[1:])
+    # in lm-evaluation-harness, further windows are as long as the block, the last one too
+    assert all(len(row) == block_size + 1 for row, _ in rows[1:])
+    without = score.windows_of(ids, [], block_size, stride)
+    assert [token for row, n in without for token in row[len(row) - n :]] == ids[1:]
+
+
+def test_a_uniform_model_gets_the_closed_forms():
+    loaded = loaded_tiny(tie_weights=False)
+    torch.nn.init.zeros_(loaded.model.head.weight)
+    V, text = loaded.tokenizer.vocab_size, "To be, or not to be.\n" * 200
+    figures = evaluate.measure_text("t", loaded, [text], evaluate.Settings())
+    values = {figure.metric: figure.value for figure in figures}
+    assert values["bits_per_byte"] == pytest.approx(math.log2(V), abs=1e-5)
+    assert values["bits_per_character"] == pytest.approx(math.log2(V), abs=1e-5)
+    assert values["token_perplexity"] == pytest.approx(V, rel=1e-5)
+    n_words = len(re.split(r"\s+", text))
+    assert values["word_perplexity"] == pytest.approx(V ** (len(text) / n_words), rel=1e-4)
+    for kind in ("brackets", "arithmetic", "agreement", "recall"):
+        figure = evaluate.measure_items(kind, loaded, core.core_items(kind, 400))[0]
+        assert figure.interval[0] < figure.chance < figure.interval[1], figure
+
+
+def test_a_table_of_pairs_gets_the_bits_that_counting_gives():
+    tokenizer = ascii_tokenizer()
+    V = tokenizer.vocab_size
+    text = TEXT[:3000]
+    ids = tokenizer.encode(text)
+    counts = np.ones((V, V))
+    np.add.at(counts, (ids[:-1], ids[1:]), 1)
+    logprobs = np.log(counts / counts.sum(1, keepdims=True))
+    shape = dict(n_layer=0, n_head=1, n_embd=V, tie_weights=False, pos="rope", norm="rmsnorm")
+    model = GPT(GPTConfig(vocab_size=V, block_size=64, head_dim=2, **shape)).eval()
+    with torch.no_grad():  # a one-hot vector over its root mean square, 1 / sqrt(V)
+        model.tok_emb.weight.copy_(torch.eye(V) * 1e3)
+        model.head.weight.copy_(torch.tensor(logprobs.T) / math.sqrt(V))
+    loaded = sample.Loaded(model, tokenizer, [], None)
+    begin = score.beginning(tokenizer)
+    expected = -sum(logprobs[a, b] for a, b in zip([*begin, *ids], ids, strict=False))
+    figure = evaluate.measure_text("t", loaded, [text], evaluate.Settings())[0]
+    assert figure.value == pytest.approx(expected / math.log(2) / len(text), rel=1e-5)
+    low, high = figure.interval
+    assert low < figure.value < high
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_intervals_hold_the_truth_95_times_of_100(p):
+    rng, n = np.random.default_rng(5), 400
+    held = [
+        low <= p <= high for low, high in (intervals.wilson(k, n) for k in rng.binomial(n, p, 1000))
+    ]
+    assert 0.93 <= np.mean(held) <= 0.97
+    held = []
+    for _ in range(200):
+        sizes = rng.integers(50, 150, 60)
+        ratio_of_each = rng.normal(2.0, 0.5, 60)
+        low, high = intervals.bootstrap_ratio(ratio_of_each * sizes, sizes)
+        held.append(low <= 2.0 <= high)
+    assert 0.9 <= np.mean(held) <= 0.99  # 200 runs: a standard deviation of 1.5%
+
+
+def test_a_paired_difference_is_surer_than_two_intervals():
+    rng = np.random.default_rng(2)
+    hard = rng.random(1000)  # how hard each item is, for both models
+    ours, theirs = (hard < 0.55).astype(float), (hard < 0.5).astype(float)
+    low, high = intervals.paired_difference(ours, theirs)
+    assert 0 < low < 0.05 < high < 0.08
+    assert intervals.wilson(ours.sum(), 1000)[0] < intervals.wilson(theirs.sum(), 1000)[1]
+    low, high = intervals.paired_difference(ours, rng.permutation(ours))
+    assert low < 0 < high
+
+
+def test_every_kind_of_core_has_distinct_items_with_one_right_answer():
+    closing = {"(": ")", "[": "]", "{": "}"}
+    for kind in core.KINDS:
+        if kind == "endings":  # reads all of Python's documentation
+            continue
+        items = core.core_items(kind, 300)
+        assert items == core.core_items(kind, 300)
+        assert len({str(item.pairs) for item in items}) == 300
+        golds = np.bincount([item.gold for item in items], minlength=len(items[0].pairs))
+        assert golds.min() > 300 / len(golds) * 0.6
+        for item in items:
+            context, right = item.pairs[item.gold]
+            assert len(set(item.answers)) == len(item.answers) and all(
+                c == context for c, _ in item.pairs
+            )
+            if kind == "arithmetic":
+                assert eval(context.splitlines()[-1].rstrip(" =")) == int(right)
+            elif kind == "brackets":
+                stack = [
+                    c
+                    for c in re.sub(
+                        r"\[[^\[\](){}]*\]|\([^\[\](){}]*\)|\{[^\[\](){}]*\}", "", context
+                    )
+                    if c in closing
+                ]
+                while re.search(r"\[[^\[\](){}]*\]|\([^\[\](){}]*\)|\{[^\[\](){}]*\}", context):
+                    context = re.sub(
+                        r"\[[^\[\](){}]*\]|\([^\[\](){}]*\)|\{[^\[\](){}]*\}", "", context
+                    )
+                stack = [c for c in context if c in closing]
+                assert closing[stack[-1]] == right
+            elif kind == "copying":
+                first, _, again = context.partition(". ")
+                assert first == again + right
+            elif kind == "recall":
+                name = context.split()[-1]
+                assert f"{name}{right}" in context
+        counted = core.counting_accuracy(items, core.bag_logprob)
+        assert counted < core.chance(items) + 0.1, kind
+
+
+def test_published_forms_of_items_are_understood(tmp_path):
+    rows = {
+        "piqa": {"goal": "cool tea", "sol1": "wait", "sol2": "heat it", "label": 0},
+        "hellaswag": {
+            "activity_label": "Baking",
+            "ctx_a": "A man [step] mixes.",
+            "ctx_b": "he",
+            "endings": ["bakes", "flies", "sings", "swims"],
+            "label": 1,
+        },
+        "arc": {
+            "question": "What melts?",
+            "choices": {"text": ["ice", "air"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+        "winogrande": {
+            "sentence": "Ann met Eva because _ was late.",
+            "option1": "Ann",
+            "option2": "Eva",
+            "answer": "2",
+        },
+        "copa": {
+            "premise": "It rained.",
+            "question": "effect",
+            "choice1": "The street got wet.",
+            "choice2": "The sun rose.",
+            "label": 0,
+        },
+        "lambada": {"text": "he gave her the ring"},
+        "core": {"query": "2 + 2 =", "choices": ["4", "5"], "gold": 0},
+        "schema": {"context_options": ["Ann", "Eva"], "continuation": "was late", "gold": 1},
+        "predict": {"context": "a b c", "continuation": "d"},
+    }
+    expected = {
+        "piqa": ("Question: cool tea\nAnswer:", " wait"),
+        "hellaswag": ("Baking: A man mixes. He", " flies"),
+        "arc": ("Question: What melts?\nAnswer:", " air"),
+        "winogrande": ("Ann met Eva because Eva", " was late."),
+        "copa": ("It rained therefore", " the street got wet."),
+        "lambada": ("he gave her the", " ring"),
+        "core": ("2 + 2 =", " 4"),
+        "schema": ("Eva", " was late"),
+        "predict": ("a b c", " d"),
+    }
+    for name, row in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        (item,) = items.read_items(path)
+        assert item.pairs[item.gold or 0] == expected[name]
+    two = tmp_path / "two.jsonl"
+    two.write_text((json.dumps(rows["core"]) + "\n") * 2)
+    (item,) = items.read_items(two, n_shots=1)
+    assert item.pairs[0] == ("2 + 2 = 4\n\n2 + 2 =", " 4")
+
+
+BAD_ITEMS = {
+    "a gold that is no answer": (
+        '{"query": "a", "choices": ["b", "c"], "gold": 2}',
+        "line 2: gold=2",
+    ),
+    "one answer": ('{"query": "a", "choices": ["b"], "gold": 0}', "line 2"),
+    "an empty answer": ('{"query": "a", "choices": ["b", ""], "gold": 0}', "line 2: ''"),
+    "a text for the choices": ('{"query": "a", "choices": "bc", "gold": 0}', "line 2"),
+    "unknown keys": ('{"q": "a"}', "line 2 has q"),
+    "no object": ("[1]", "line 2 is a list"),
+    "no JSON": ("{", "line 2 is not JSON"),
+    "an option that is missing": (
+        '{"premise": 1, "choice1": "", "choice2": "", "question": "x", "label": 0}',
+        "line 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ITEMS)
+def test_a_bad_item_is_named_with_its_line(case, in_tmp_path):
+    line, says = BAD_ITEMS[case]
+    Path("i.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        items.read_items("i.jsonl")
+
+
+def test_items_longer_than_the_block_are_left_out_and_counted():
+    loaded = loaded_tiny()
+    made = core.core_items("recall", 20)
+    made[3].pairs = [("long " * 60 + context, end) for context, end in made[3].pairs]
+    made[5].pairs = [("Ü" + context, end) for context, end in made[5].pairs]
+    figure = evaluate.measure_items("recall", loaded, made)[0]
+    assert figure.n == 18
+    assert figure.notes == {"longer than the block": 1, "with unknown characters": 1}
+
+
+def test_planted_contamination_is_found(in_tmp_path):
+    rng = np.random.default_rng(3)
+    words = [f"w{i}" for i in rng.integers(500, size=4000)]
+    Path("a.txt").write_text(" ".join(words))
+    make("own", "a.txt")
+    train_words = shards.open_dataset("own")
+    text = train_words.tokenizer.decode(tokens_of(train_words, "train").tolist()).split()
+    planted = " ".join(["x", *text[700:713], "y"])
+    almost = " ".join(["x", *text[700:712], "other", "words"])
+    assert evaluate.contaminated([planted, almost, "short text"], "own") == (1, 2)
+
+
+def test_evaluate_measures_what_a_run_was_trained_on(trained, capsys):
+    status, out, _ = run_main(evaluate.main, ["--limit=20"], capsys)
+    assert status == 0 and "small validation" in out and "with unknown characters 20" in out
+    saved = json.loads(Path("out/small/eval.json").read_text())["figures"]
+    figure = saved["small validation bits_per_byte"]
+    assert figure["low"] < figure["value"] < figure["high"] and figure["n"] >= 1
+    # another evaluation keeps the figures of the first
+    Path("i.jsonl").write_text('{"query": "To", "choices": ["be", "no"], "gold": 0}\n' * 3)
+    status, out, _ = run_main(evaluate.main, ["--items=i.jsonl", "--compare=out/small"], capsys)
+    assert status == 0 and "no difference shown" in out
+    again = json.loads(Path("out/small/eval.json").read_text())["figures"]
+    assert again.keys() >= saved.keys() and "i acc" in again
+
+
+def test_evaluate_answers_as_the_task_itself_does(long_base, capsys):
+    tune("instruct", capsys, "--max_iters=30", "--learning_rate=1e-2")
+    Path("answers.jsonl").write_text(Path("orders.jsonl").read_text())
+    status, out, _ = run_main(
+        evaluate.main,
+        ["--out_dir=out/tuned", "--answers=answers.jsonl", "--answer_tokens=4"],
+        capsys,
+    )
+    assert status == 0
+    figure = json.loads(Path("out/tuned/eval.json").read_text())["figures"]["answers answers exact"]
+    Path("check.py").write_text(
+        "def check(row, answer):\n    return answer.strip() == row['output']\n"
+    )
+    words = [
+        "--out_dir=out/tuned",
+        "--answers=answers.jsonl",
+        "--checker=check.py",
+        "--answer_tokens=4",
+    ]
+    assert run_main(evaluate.main, words, capsys)[0] == 0
+    checked = json.loads(Path("out/tuned/eval.json").read_text())["figures"][
+        "answers answers checked"
+    ]
+    assert figure["n"] == 60 and figure["value"] == checked["value"] > 0.2
+
+
+def test_evaluate_names_what_it_cannot_do(trained, capsys):
+    cases = [
+        (["--items=none.jsonl"], "items=none.jsonl does not exist"),
+        (["--answers=nothing"], "does not exist"),
+        (["--classes=small.jsonl"], "classes needs a classifier"),
+        (["--checker=none.py", "--answers=small.txt"], "does not exist"),
+        (["out/small"], "--out_dir"),
+        (["--report=page.html"], "one or two runs, found 0"),
+        (["--report=page.txt", "out/small"], "must end in .html"),
+        (["--report=page.html", "data"], "holds no config.json"),
+        (["--stride=0", "--text", "small.txt"], "stride=0 must be at least 1"),
+    ]
+    for words, says in cases:
+        status, _, err = run_main(evaluate.main, words, capsys)
+        assert status == 2 and says in err.splitlines()[-1], words
+    assert not Path("page.html").exists() and not Path("out/small/eval.json").exists()
+
+
+class Tags(html.parser.HTMLParser):
+    """The tags and attributes of a page, and whether every tag that must be closed is."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.attributes += attributes
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_report_is_one_page_from_the_files_of_a_run_alone(long_base, capsys):
+    run_main(train.main, [*TINY_RUN, "--out_dir=out/other", "--learning_rate=1e-2"], capsys)
+    with open("out/small/samples.jsonl", "a") as file:
+        file.write(json.dumps({"step": 9, "text": "<script>alert(1)</script>"}) + "\n{torn")
+    with open("out/small/metrics.jsonl", "a") as file:
+        file.write("\0\0 torn")
+    Path("out/small/eval.json").write_text(
+        '{"figures": {"x": {"task": "recall", "metric": "acc", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}, "y": 3}}'
+    )
+    for runs in (["out/small"], ["out/small", "out/other"]):
+        status, out, _ = run_main(evaluate.main, ["--report=page.html", *runs], capsys)
+        assert status == 0 and "page.html" in out
+        page, tags = Path("page.html").read_text(), Tags()
+        tags.feed(page)
+        assert tags.open == [] and tags.seen.count("svg") >= 6
+        assert "script" not in tags.seen and "&lt;script&gt;" in page
+        assert not [value for name, value in tags.attributes if name in ("src", "href")]
+        for part in (
+            "learning_rate",
+            "Loss by seconds",
+            "0.5000 (0.4000 to 0.6000)",
+            "step 6",
+            "cores",
+        ):
+            assert part in page, part
+        assert page.count("validation loss: ") == 5 * len(runs) - len(runs)
+    Path("mine.html").write_text("my page")
+    status, _, err = run_main(evaluate.main, ["--report=mine.html", "out/small"], capsys)
+    assert status == 2 and Path("mine.html").read_text() == "my page"
+    program = "import sys, evaluate; evaluate.main(['--report=p.html', 'out/small']); print('torch' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=dict(os.environ, PYTHONPATH=str(HERE)),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.endswith("False\n"), ended.stderr
+
+
+def test_a_run_says_where_and_with_what_it_was_made(trained, capsys):
+    about = json.loads(Path("out/small/about.json").read_text())
+    (start,) = about["starts"]
+    assert (
+        start["packages"]["torch"] == torch.__version__.partition("+")[0]
+        or "+" in start["packages"]["torch"]
+    )
+    assert start["machine"]["cores"] == os.cpu_count() and start["step"] == 0
+    assert about["changed"]["block_size"] == 32 and about["script"] == "train.py"
+    samples = [
+        json.loads(line) for line in Path("out/small/samples.jsonl").read_text().splitlines()
+    ]
+    assert [sample["step"] for sample in samples] == [3, 6]
+    resume("out/small", capsys, "--max_iters=8")
+    about = json.loads(Path("out/small/about.json").read_text())
+    assert [start["step"] for start in about["starts"]] == [0, 6]
+
+
+def test_the_core_imports_nothing_that_looks_at_it():
+    """serve, trace, evaluate and report can be deleted without the rest noticing."""
+    lookers = {"serve", "evaluate", "trace", "report", "score", "core", "items", "intervals"}
+    for name in ("model.py", "train.py", "finetune.py", "prepare.py", "bpe.py"):
+        tree = ast.parse((HERE / name).read_text())
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(alias.name for alias in node.names)]
+            assert not lookers & {part for name in names for part in name.split(".")}, name
 
 
 # ------------------------------------------------------------------------------------------ glass/settings.py

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from glass import checkpoint, optim
+from glass.about import write_about
 from glass.device import (
     autocast,
     choose_device,
@@ -436,6 +437,7 @@ def start(settings, chosen, model, task, processes, state):
         config_path = run.folder / "config.json"
         config_path.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
         task.tokenizer.save(run.folder / "tokenizer.json")
+        write_about(run)
     return run, lock
 
 

@@ -24,7 +24,10 @@ from glass.files import sync_folder
 
 VERSION = 2
 # what an earlier run may have left in its folder, besides checkpoints
-LEFT_BEHIND = "best.pt metrics.jsonl loss.png test.json confusion.png adapter.safetensors".split()
+LEFT_BEHIND = """
+    best.pt metrics.jsonl samples.jsonl about.json eval.json loss.png test.json confusion.png
+    adapter.safetensors
+""".split()
 
 
 class NoneIsWhole(ValueError):

@@ -44,10 +44,15 @@ def lock(folder, name=None):
 
 
 def write_json(path, content):
+    """Replace a file by JSON, as `write_text` does."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def write_text(path, text):
     """Replace a file at once: whatever happens, it is the old or the new one, whole."""
     partial = path.with_name(path.name + ".part")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -139,7 +139,11 @@ class Progress:
         self.write(step=step, tokens=tokens, train_loss=train_loss, **figures, seconds=seconds)
         self.train_losses = []
         if run.settings.sample_tokens:
-            say(run.task.sample(run.model))
+            text = run.task.sample(run.model)
+            say(text)
+            with warned_about(run.folder / "samples.jsonl"):
+                with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, "text": text}) + "\n")
         with warned_about(run.folder / "loss.png"):
             draw_losses(self.lines, run.folder / "loss.png")
 

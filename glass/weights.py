@@ -249,6 +249,10 @@ def layout_of(path, found):
     for layout in LAYOUTS:
         if layout.architecture in names:
             return layout
+    if "out_dir" in found:
+        raise ValueError(
+            f"{path.parent} is a run without a checkpoint: train it first, or name another folder"
+        )
     raise ValueError(
         f"{path} says architectures={architectures} model_type={found.get('model_type')!r}, "
         f"but only {' and '.join(layout.architecture for layout in LAYOUTS)} can be computed: "
