@@ -352,6 +352,10 @@ def read_cells(path, file):
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         header = next(reader, [])
+        if len({*header, ""}) <= len(header):
+            raise ValueError(
+                f"{path} line 1 names the columns {header}, needed are distinct names: correct it"
+            )
         for cells in reader:
             if not cells:
                 continue
