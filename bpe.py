@@ -35,6 +35,8 @@ from pathlib import Path
 import regex
 from tqdm import tqdm
 
+from glass.files import write_text
+
 # Ordinary text never becomes one of these special tokens.
 PAD, UNKNOWN = "<|pad|>", "<|unk|>"
 END_OF_TEXT = "<|endoftext|>"  # stands between documents
@@ -240,7 +242,7 @@ class Tokenizer:
         """Write the tokenizer to path as JSON, and make the folders above it."""
         document = json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(document, encoding="utf-8")
+        write_text(path, document)
 
 
 class CharTokenizer(Tokenizer):

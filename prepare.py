@@ -375,6 +375,7 @@ def prepare(settings):
     held = lock(folder, str(folder))
     try:
         files = input_files(settings)
+        check_inputs(folder, files)
         source = SOURCES.get(settings.name)
         (folder / MAKING).mkdir(exist_ok=True)
         if source and source.records:
@@ -397,7 +398,7 @@ def prepare(settings):
 
 
 def made_files(folder):
-    """The files of a dataset that new ones replace, as a list of paths."""
+    """The files of the folder that have a name of a dataset's file, as a list of paths."""
     patterns = ("train_*.bin", "val_*.bin", "train.jsonl", "val.jsonl", "test.jsonl")
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
@@ -413,13 +414,40 @@ def check_foreign(folder, settings):
     )
 
 
+def check_inputs(folder, files):
+    """Raise ValueError if an input is a file that preparing replaces or removes."""
+    taken = {*made_files(folder), *(folder / MAKING).glob("*"), folder / META}
+    taken = {path.resolve() for path in taken}
+    for path in files:
+        if path.resolve() in taken:
+            raise ValueError(
+                f"--input {path} has the name of a file that preparing replaces: "
+                "move it elsewhere, or choose another name for the dataset"
+            )
+
+
+def old_files(folder):
+    """The files of the dataset that is there, as its meta.json names them: a list of paths."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if meta["kind"] == "text":
+            shards = [shard for about in meta["splits"].values() for shard in about["shards"]]
+            names = [shard["file"] for shard in shards]
+        else:
+            names = [f"{split}.jsonl" for split in meta["splits"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none there, or torn
+        names = []
+    return [path for path in made_files(folder) if path.name in names]
+
+
 def replace_files(folder, meta):
     """Put the new files in place of the old ones. meta.json comes last, in case of interruption."""
     making = folder / MAKING
     (making / PROGRESS).unlink(missing_ok=True)  # no longer true once files are moved
+    old = old_files(folder)
     (folder / META).unlink(missing_ok=True)
-    for old in made_files(folder):
-        old.unlink()
+    for path in old:
+        path.unlink()
     for new in making.iterdir():
         new.replace(folder / new.name)
     write_json(folder / META, meta)

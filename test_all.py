@@ -987,6 +987,24 @@ def test_parquet_without_the_column_names_those_it_has(in_tmp_path):
         make("own", "c.parquet")
 
 
+def test_an_input_is_never_removed_and_only_files_of_the_old_dataset_are(in_tmp_path, capsys):
+    Path("corpus").mkdir()
+    Path("corpus/train.jsonl").write_text('{"text": "to be or not"}\n' * 20)
+    words = ["./corpus", "--input", "corpus/train.jsonl", "--tokenizer=char"]
+    for more in ([], ["--overwrite=True"]):
+        status, _, err = run_main(prepare.main, [*words, *more], capsys)
+        assert status == 2 and "train.jsonl" in err, err
+    assert Path("corpus/train.jsonl").read_text().count("to be") == 20
+    Path("a.txt").write_text("some text " * 100)
+    make("own", "a.txt", shard_tokens=100)
+    assert Path("data/own/train_000008.bin").exists()
+    for name in ("test.jsonl", "train_mine.bin"):
+        Path("data/own", name).write_text("mine")
+    make("own", "a.txt", overwrite=True)
+    names = sorted(path.name for path in Path("data/own").glob("*[nl]"))
+    assert names == "meta.json test.jsonl train_000000.bin train_mine.bin val_000000.bin".split()
+
+
 # --------------------------------------------------------------------------------------------------- train.py
 
 
@@ -1233,6 +1251,7 @@ def test_metrics_and_a_picture_that_cannot_be_written_are_warnings(workdir, caps
 
     monkeypatch.setattr(progress, "draw_losses", full)
     Path("out/small/metrics.jsonl").mkdir(parents=True)  # no file, so every write fails
+    Path("out/small/config.json").write_text('{"out_dir": "out/small"}')
     status, out, err = run_main(train.main, [*TINY_RUN, "--init_from=auto"], capsys)
     assert status == 0, err
     assert (
@@ -1329,6 +1348,7 @@ def test_auto_starts_anew_beside_checkpoints_that_are_all_torn(workdir, capsys):
         path = checkpoint.checkpoint_path("out/small", step)
         torn[path] = path.read_bytes()[:1000]
         path.write_bytes(torn[path])
+    metrics = Path("out/small/metrics.jsonl").read_text()
     status, out, err = run_main(
         train.main, [*TINY_RUN, "--init_from=auto", "--max_iters=2"], capsys
     )
@@ -1336,6 +1356,44 @@ def test_auto_starts_anew_beside_checkpoints_that_are_all_torn(workdir, capsys):
     assert checkpoint.saved_steps("out/small") == [2]
     for path, content in torn.items():
         assert path.with_suffix(".pt.damaged").read_bytes() == content
+    assert Path("out/small/metrics.jsonl.damaged").read_text() == metrics
+    assert Path("out/small/best.pt.damaged").exists()
+
+
+@pytest.mark.parametrize("damaged", ["torn", "gone", "renamed"])
+def test_auto_goes_on_from_the_best_checkpoint_where_no_other_is_whole(workdir, capsys, damaged):
+    run_main(train.main, TINY_RUN, capsys)
+    best = Path("out/small/best.pt").read_bytes()
+    for step in (3, 6):
+        path = checkpoint.checkpoint_path("out/small", step)
+        path.rename(path.with_name(f"ckpt_000009{step}.pt"))  # holds another step than it says
+        if damaged == "torn":  # a new file, since best.pt is another name of the old one
+            path.write_bytes(best[:1000])
+        if damaged != "renamed":
+            path.with_name(f"ckpt_000009{step}.pt").unlink()
+    words = [*TINY_RUN, "--init_from=auto", "--checkpoint_interval=1", "--max_iters=8"]
+    status, out, err = run_main(train.main, words, capsys)
+    assert status == 0 and "step 7/8" in out and "step 1/8" not in out, err
+    assert checkpoint.saved_steps("out/small") == [7, 8]  # no damaged one pushed them out
+    assert err.count("holds step") == 2 * (damaged == "renamed")
+    assert len(list(Path("out/small").glob("*.damaged"))) == 2 * (damaged != "gone")
+    assert not Path("out/small/metrics.jsonl.damaged").exists()
+
+
+def test_a_folder_that_is_not_a_runs_is_never_written_into(trained, capsys):
+    run_main(train.main, [*TINY_RUN, *AS_GPT2, "--bias=True", "--overwrite=True"], capsys)
+    run_main(sample.main, ["--export=published"], capsys)
+    Path("out/tok").mkdir()
+    Path("out/tok/tokenizer.json").write_text("mine")
+    before = {path: path.read_bytes() for path in Path("published").iterdir()}
+    for word in ("--init_from=auto", "--overwrite=True"):
+        for folder in ("published", "out/tok"):
+            words = [*TINY_RUN, f"--out_dir={folder}", word]
+            status, _, err = run_main(train.main, words, capsys)
+            assert status == 2 and "no config.json of a run" in err
+    assert {path: path.read_bytes() for path in Path("published").iterdir()} == before
+    _, out, _ = run_main(train.main, [*TINY_RUN, "--out_dir=out/tok"], capsys)
+    assert "goes to out/tok-2" in out and Path("out/tok/tokenizer.json").read_text() == "mine"
 
 
 def test_a_run_leaves_a_folder_alone_that_holds_anything_of_another(workdir, capsys):
@@ -1726,7 +1784,7 @@ def test_a_checkpoint_of_version_1_goes_on(workdir, capsys):
 def test_every_stage_trains_and_says_what_it_reached(long_base, capsys, task):
     status, out, err = tune(task, capsys)
     assert status == 0, err
-    assert "test, before:" in out and "test, with the best checkpoint:" in out
+    assert "test, before:" in out and "test, with the checkpoint of step" in out
     figures = json.loads(Path("out/tuned/test.json").read_text())
     assert figures["before"].keys() == figures["after"].keys()
     lines = [json.loads(line) for line in Path("out/tuned/metrics.jsonl").read_text().splitlines()]
@@ -2034,6 +2092,18 @@ def test_an_adapter_is_merged_into_its_own_base_alone_and_once(long_base, capsys
         words = [f"--out_dir={folder}", "--adapter=out/tuned/adapter.safetensors"]
         status, out, err = run_main(sample.main, words, capsys)
         assert status == 2 and out == "" and "was trained on other weights than these" in err
+
+
+def test_an_adapter_that_holds_no_numbers_is_refused(long_base, capsys):
+    tune("instruct", capsys, "--trainable=lora")
+    path = Path("out/tuned/adapter.safetensors")
+    with weights.safe_open(path, "pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name) * math.nan for name in names}
+    weights.save_file(tensors, path, metadata)
+    words = ["--out_dir=out/small", f"--adapter={path}"]
+    status, out, err = run_main(sample.main, words, capsys)
+    assert status == 2 and out == "" and "adapter.safetensors holds NaN" in err
 
 
 def test_new_markers_extend_tokenizer_and_embedding(long_base, capsys):
@@ -2368,6 +2438,9 @@ def test_chat_answers_keeps_its_history_and_saves_it(trained, capsys, monkeypatc
         [
             "To be",
             "/temp x",
+            "/temp 1e-40",
+            "/temp nan",
+            "/temp -3",
             "/temp 0",
             "not to be",
             "/save talk.json",
@@ -2394,11 +2467,14 @@ def test_chat_answers_keeps_its_history_and_saves_it(trained, capsys, monkeypatc
         "content"
     ] == "not to be"
     assert json.loads(Path("empty.json").read_text()) == []
-    assert (
-        "temperature='x' must be a number" in out
-        and "/reset  forget" in out
-        and "does not know 'Ü'" in out
-    )
+    for wrong in (
+        "'x' must be float",
+        "1e-40 must be 0, or",
+        "'nan' must be float",
+        "-3.0 must not be",
+    ):
+        assert f"temperature={wrong}" in out
+    assert "/reset  forget" in out and "does not know 'Ü'" in out
 
 
 def test_sample_without_a_run_says_what_to_do(tmp_path, monkeypatch, capsys):
@@ -3034,6 +3110,27 @@ def test_a_flipped_bit_and_a_truncated_file_fall_back_to_the_checkpoint_before(t
     for length in random.integers(len(whole), size=50):
         path.write_bytes(whole[:length])
         assert checkpoint.load(tmp_path)["step"] == 1
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(trained, capsys, monkeypatch):
+    names = ("metrics.jsonl", "config.json", "tokenizer.json")
+    before = {name: Path("out/small", name).read_bytes() for name in names}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="tokenizer.json"):
+        bpe.CharTokenizer.train("abc").save("out/small/tokenizer.json")
+    status, _, err = resume("out/small", capsys, "--max_iters=8")
+    assert status == 2 and "config.json' cannot be used (No space left" in err
+    monkeypatch.setattr(train, "write_json", lambda path, content: None)
+    monkeypatch.setattr(bpe, "write_text", lambda path, text: None)
+    status, out, _ = resume("out/small", capsys, "--max_iters=8", "--log_interval=8")
+    assert status == 0 and "metrics.jsonl is not written" in out
+    assert Path("out/small/metrics.jsonl").read_bytes().startswith(before.pop("metrics.jsonl"))
+    assert {name: Path("out/small", name).read_bytes() for name in before} == before
+    assert not list(Path("out/small").glob("*.part"))
 
 
 def test_a_pickle_that_runs_code_does_not_run(tmp_path):
@@ -4260,6 +4357,8 @@ BAD_TABLES = {
         "label,text\nspam,Win 1,000 pounds now\n",
         "line 2 has 3 cells",
     ),
+    "a column twice": (".csv", "text,label,text\na,b,c\n", "line 1 names the columns"),
+    "a column without a name": (".tsv", "text\tlabel\t\na\tb\tc\n", "line 1 names the columns"),
     "fewer cells": (".csv", "label,text\nspam\n", "line 2 has 1 cells but the header has 2"),
     "an unclosed quote": (".csv", 'label,text\nspam,"Win\nham,hi\n', "is no CSV"),
     "a list for a row": (".jsonl", "[1, 2]\n", "line 1 is a list, needed is an object"),

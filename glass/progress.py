@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -13,7 +14,9 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
+from glass.checkpoint import first_line
 from glass.device import peak_flops
+from glass.files import write_text
 
 QUICK = "quick_"  # begins the name of a figure that comes from a few validation windows only
 
@@ -53,7 +56,7 @@ class Progress:
                 if line["step"] < run.step or is_kept:
                     self.lines.append(line)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     def seconds(self):
         """Seconds since training began in this process."""
@@ -168,11 +171,12 @@ class Progress:
         if stop:
             name = signal.Signals(stop).name
             say(f"stopped by {name} after step {run.step}; {run.last_checkpoint()}")
+        folder = shlex.quote(str(run.folder))
         if run.step < run.settings.max_iters and run.saved_step is not None:
-            say(f"to go on: python {script} --init_from=resume --out_dir={run.folder}")
+            say(f"to go on: python {script} --init_from=resume --out_dir={folder}")
         say(f"{self.seconds():.1f} s of training in all")
         if run.saved_step is not None:
-            say(f"for text: python sample.py --out_dir={run.folder}")
+            say(f"for text: python sample.py --out_dir={folder}")
 
 
 def read_metrics(path):
@@ -201,8 +205,8 @@ def warned_about(path):
     """A context that turns a failure to write the file `path` into a warning."""
     try:
         yield
-    except OSError as error:
-        say(f"WARNING: {path} is not written ({error}); training goes on")
+    except Exception as error:  # matplotlib and safetensors raise errors of many kinds
+        say(f"WARNING: {path} is not written ({first_line(error)}); the run goes on")
 
 
 def described(figures):
@@ -226,6 +230,7 @@ def say(text):
 
 def open_figure(**options):
     """(pyplot, figure, axes), for drawing without a screen."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook names one that is often not there
     import matplotlib
 
     matplotlib.use("Agg")
