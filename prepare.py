@@ -120,8 +120,13 @@ def input_files(settings):
             if path.is_dir():
                 inside = sorted(path.rglob("*"))
                 files += [file for file in inside if file.name.endswith(tuple(READERS))]
-            else:
+            elif path.is_file():
                 files.append(path)
+            else:
+                raise ValueError(
+                    f"--input {path} is a pipe or a device, and text is read more than once: "
+                    "save it to a file"
+                )
     if not files:
         raise ValueError(
             f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}: "
@@ -384,7 +389,7 @@ def prepare(settings):
             meta = prepare_text(settings, files)
         replace_files(folder, meta)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         raise OSError(
             f"no space is left for {folder}: free some and run the same command again, it continues"

@@ -137,10 +137,7 @@ def read_prompt(settings, loaded):
     """
     text, tokenizer, config = settings.start, loaded.tokenizer, loaded.model.config
     if text.startswith("FILE:"):
-        path = Path(text.removeprefix("FILE:"))
-        if not path.is_file():
-            raise ValueError(f"the prompt file {path} does not exist: name one that does")
-        text = bpe.read_text(path)
+        text = bpe.read_text(text.removeprefix("FILE:"))
     if settings.start == Settings.start and tokenizer.unknown_characters(text):
         text = ""  # a text without line breaks was learnt: begin with whatever can begin one
     check_known(tokenizer, text, settings.start)
@@ -302,14 +299,14 @@ class Chat:
             print(f"{error}: /temp 0.7")
 
     def save(self, path):
-        if path.exists():
-            print(f"{path} is there already: /save ANOTHER_NAME")
-            return
         try:
+            if path.exists():
+                print(f"{path} is there already: /save ANOTHER_NAME")
+                return
             text = json.dumps(self.messages, indent=1, ensure_ascii=False)
             path.write_text(text + "\n", encoding="utf-8")
             print(f"saved to {path}")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             print(f"not saved: {error}")
 
     def prompt(self):

@@ -794,6 +794,32 @@ def test_a_tokenizer_is_never_written_over_a_text_or_another_file(tmp_path):
     assert text.read_text().startswith("low") and tok.read_text() == "mine"
 
 
+def test_bpe_refuses_an_out_that_is_no_file_before_it_trains(tmp_path, monkeypatch, capsys):
+    Path(tmp_path, "a.txt").write_text("low lower lowest " * 9)
+    monkeypatch.setattr(bpe, "train_and_compare", lambda *arguments: pytest.fail("trained"))
+    for out, says in (("", "is a folder"), ("a.txt/tok.json", "a.txt' cannot be used")):
+        words = ["bpe.py", "train", "--input", str(tmp_path / "a.txt"), "--overwrite"]
+        monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / out)])
+        status, _, err = run_main(lambda argv: bpe.main(), [], capsys)
+        assert status == 2 and err.count("\n") == 1 and says in err
+
+
+@needs_unix
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(ChildProcessError, match="a worker process was killed"):
+        list(bpe.map_in_processes(os._exit, [9, 9], 2))
+
+
+def test_a_tokenizer_that_has_the_markers_needs_no_others():
+    class Published(bpe.CharTokenizer):
+        pass
+
+    tokenizer = Published.train("abc")
+    assert bpe.with_special_tokens(tokenizer, (bpe.USER, bpe.END)) is tokenizer
+    with pytest.raises(ValueError, match="cannot take <new> as special tokens"):
+        bpe.with_special_tokens(tokenizer, (bpe.USER, "<new>"))
+
+
 @pytest.mark.parametrize("kind", [bpe.CharTokenizer, bpe.WordTokenizer, bpe.BPETokenizer])
 def test_tokens_of_every_kind_of_tokenizer_are_shown(kind, tmp_path):
     options = {"vocab_size": 270} if kind is bpe.BPETokenizer else {}
@@ -971,6 +997,13 @@ def test_ones_own_text_under_a_known_name_is_not_called_the_datasets(in_tmp_path
     status, out, _ = run_main(prepare.main, ["pydoc", "--input", "own.txt"], capsys)
     assert status == 0 and "documentation of Python" not in out
     assert "documentation of Python" not in Path("data/pydoc/meta.json").read_text()
+
+
+@needs_unix
+def test_a_pipe_as_input_is_refused(in_tmp_path, capsys):
+    os.mkfifo("pipe")
+    status, _, err = run_main(prepare.main, ["own", "--input", "pipe"], capsys)
+    assert status == 2 and "--input pipe is a pipe or a device" in err
 
 
 def test_bytes_that_are_not_utf8_are_replaced_on_request(in_tmp_path):
@@ -1328,7 +1361,7 @@ def test_a_folder_in_use_is_refused(workdir, capsys):
     Path("out/small").mkdir(parents=True)
     held = files.lock("out/small")
     status, _, err = run_main(train.main, TINY_RUN, capsys)
-    assert status == 2 and "out_dir=out/small is in use by a run that is still going" in err
+    assert status == 2 and "out_dir=out/small is in use by a command that is still running" in err
     held.release()
 
 
@@ -1394,6 +1427,28 @@ def test_a_folder_that_is_not_a_runs_is_never_written_into(trained, capsys):
     assert {path: path.read_bytes() for path in Path("published").iterdir()} == before
     _, out, _ = run_main(train.main, [*TINY_RUN, "--out_dir=out/tok"], capsys)
     assert "goes to out/tok-2" in out and Path("out/tok/tokenizer.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", ["2", "0", "abc", ""])
+def test_an_environment_that_is_not_torchruns_is_named(workdir, capsys, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    status, _, err = run_main(train.main, TINY_RUN, capsys)
+    assert status == 2 and err.count("\n") == 1 and f"WORLD_SIZE={size!r} is set" in err
+
+
+def test_pictures_need_no_backend_of_a_notebook_and_never_end_a_run(workdir, capsys, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    progress.draw_confusion([[1, 2], [3, 4]], ["a", "b"], Path("loss.png"))
+    assert os.environ["MPLBACKEND"] == "Agg"  # matplotlib reads it when it is first imported
+    assert Path("loss.png").stat().st_size > 1000 and not Path("loss.png.part").exists()
+
+    def broken(lines, path):
+        raise KeyError("font")
+
+    monkeypatch.setattr(progress, "draw_losses", broken)
+    status, out, _ = run_main(train.main, [*TINY_RUN, "--out_dir=out/my run"], capsys)
+    assert status == 0 and "loss.png is not written (KeyError: 'font')" in out
+    assert "python sample.py --out_dir='out/my run'" in out
 
 
 def test_a_run_leaves_a_folder_alone_that_holds_anything_of_another(workdir, capsys):
@@ -2106,6 +2161,57 @@ def test_an_adapter_that_holds_no_numbers_is_refused(long_base, capsys):
     assert status == 2 and out == "" and "adapter.safetensors holds NaN" in err
 
 
+@pytest.mark.parametrize("damage", ["no lora_a", "rank 0", "[1]", '{"lora_rank', "no file"])
+def test_an_adapter_that_is_not_as_it_should_be_is_one_line(long_base, capsys, damage):
+    tensors, config = {"blocks.0.attn.q_proj.lora_b": torch.ones(16, 1)}, '{"lora_rank": 1}'
+    if damage == "rank 0":
+        config = '{"lora_rank": 0, "lora_alpha": 1}'
+    elif damage == "no lora_a":
+        config = '{"lora_rank": 1, "lora_alpha": 1}'
+    elif damage != "no file":
+        config = damage
+    if damage != "no file":
+        weights.save_file(tensors, "odd.safetensors", {"lora": config})
+    words = ["--out_dir=out/small", "--adapter=odd.safetensors"]
+    status, _, err = run_main(sample.main, words, capsys)
+    assert status == 2 and "error: " in err.splitlines()[-1]
+    assert "odd.safetensors is not" in err and "trainable=lora" in err
+
+
+def test_a_full_disk_at_the_end_of_a_lora_run_prevents_no_test(long_base, capsys, monkeypatch):
+    tune("instruct", capsys, "--trainable=lora")
+    before = Path("out/tuned/adapter.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise weights.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    words = ["--init_from=resume", "--out_dir=out/tuned"]
+    status, out, err = run_main(finetune.main, words, capsys)
+    assert status == 0 and "adapter.safetensors is not written (SafetensorError" in out, err
+    assert "test, with the checkpoint of step" in out
+    assert Path("out/tuned/adapter.safetensors").read_bytes() == before
+    run_main(train.main, [*TINY_RUN, *AS_GPT2, "--bias=True", "--overwrite=True"], capsys)
+    status, _, err = run_main(sample.main, ["--out_dir=out/small", "--export=folder"], capsys)
+    assert status == 2 and "folder cannot be written (SafetensorError: No space" in err
+    assert not Path("folder").exists()
+
+
+def test_a_run_without_best_goes_on_and_one_with_best_alone_is_a_run(long_base, capsys):
+    tune("instruct", capsys)
+    Path("out/tuned/best.pt").unlink()
+    words = ["--init_from=resume", "--out_dir=out/tuned"]
+    status, out, err = run_main(finetune.main, words, capsys)
+    assert status == 0 and "test, with the checkpoint of step 6" in out, err
+    for path in Path("out/small").glob("ckpt_*.pt"):
+        path.unlink()
+    status, _, err = run_main(sample.main, ["--out_dir=out/small", "--which=last"], capsys)
+    assert status == 0, err
+    status, _, err = tune("instruct", capsys, "--max_iters=1", out="another")
+    assert status == 0, err
+
+
 def test_new_markers_extend_tokenizer_and_embedding(long_base, capsys):
     tokenizer = bpe.CharTokenizer.train(TEXT, special_tokens=(bpe.UNKNOWN,))
     wider = bpe.with_special_tokens(tokenizer, (*chat.MARKERS.values(), bpe.END))
@@ -2199,12 +2305,16 @@ BAD_ROWS = {
 def test_finetuning_refuses_what_cannot_be(base, capsys):
     one_class = "".join(json.dumps({"text": f"to be {i}", "label": "a"}) + "\n" for i in range(30))
     Path("one.jsonl").write_text(one_class)
+    Path("data/odd").mkdir()
+    Path("data/odd/meta.json").write_text("[]")
     cases = [
         (["--task=classify", "--dataset=one.jsonl"], "one class only"),
         (["--task=classify", "--dataset=none.jsonl"], "does not exist"),
+        (["--task=classify", "--dataset=small.txt"], "neither prepared nor a file that ends in"),
+        (["--task=classify", "--dataset=./data/odd"], "data/odd/meta.json is not as it should be"),
         (["--task=instruct", "--dataset=orders.jsonl", "--n_layer=3"], "n_layer come"),
         (["--task=classify", "--dataset=classes.jsonl", "--batch_size=100"], "lower batch_size"),
-        (["--task=reinforce", "--dataset=orders.jsonl", "--reward=none.py"], "does not exist"),
+        (["--task=reinforce", "--dataset=orders.jsonl", "--reward=none.py"], "is not a file"),
         (["--task=classify", "--dataset=classes.jsonl", "--freeze=*"], "nothing to train"),
         (["--task=classify", "--dataset=tasks"], "kind=instructions"),
         (
@@ -2422,7 +2532,7 @@ def test_sample_writes_several_texts_and_shows_probabilities(trained, capsys):
     [
         (["--start=Ünïcode"], "does not know 'Ü' 'ï'"),
         (["--start=" + "To be " * 20], "the prompt has 120 tokens but block_size=32"),
-        (["--start=FILE:nothing.txt"], "nothing.txt does not exist"),
+        (["--start=FILE:nothing.txt"], "nothing.txt is not a file"),
         (["--out_dir=out/none"], "holds no checkpoint"),
         (["--temperature=-1"], "temperature=-1.0 must not be negative"),
         (["--top_k=0"], "top_k=0 must be at least 1"),
@@ -2444,6 +2554,8 @@ def test_chat_answers_keeps_its_history_and_saves_it(trained, capsys, monkeypatc
             "/temp 0",
             "not to be",
             "/save talk.json",
+            "/save a\0b",
+            "/save " + "x" * 300,
             "/help",
             "/reset",
             "/save empty.json",
@@ -2467,6 +2579,7 @@ def test_chat_answers_keeps_its_history_and_saves_it(trained, capsys, monkeypatc
         "content"
     ] == "not to be"
     assert json.loads(Path("empty.json").read_text()) == []
+    assert out.count("not saved: ") == 2
     for wrong in (
         "'x' must be float",
         "1e-40 must be 0, or",
@@ -3015,7 +3128,7 @@ def test_every_way_to_write_a_setting_is_understood():
         ("--n_layer=True", "--n_layer=True must be int"),
         ("--n_layer=None", "--n_layer=None must be int"),
         ("--n_layer", "--n_layer has no value"),
-        ("config/nothing.py", "does not exist"),
+        ("config/nothing.py", "is not a file"),
         ("--compile=maybe", "--compile='maybe' must be bool or auto"),
     ],
 )
@@ -3032,6 +3145,13 @@ def test_a_config_file_that_does_not_run_or_has_an_unknown_name_is_named(tmp_pat
     path.write_text("n_layers = 3\n")
     with pytest.raises(ValueError, match="'n_layers': did you mean --n_layer"):
         configure(ExampleSettings, [str(path)])
+
+
+def test_a_config_file_is_also_looked_for_beside_the_scripts(in_tmp_path):
+    assert configure(train.Settings, ["config/pydoc_char.py"]).dataset == "pydoc"
+    Path("config").mkdir()
+    Path("config/pydoc_char.py").write_text("dataset = 'mine'\n")
+    assert configure(train.Settings, ["config/pydoc_char.py"]).dataset == "mine"
 
 
 @pytest.mark.parametrize(
@@ -3060,6 +3180,31 @@ def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):
     )
     with pytest.raises(json.JSONDecodeError):
         run_main(elsewhere, [], capsys)
+
+
+@needs_unix
+def test_closed_and_ascii_streams_a_closed_pipe_and_ctrl_c_end_without_a_traceback(capsys):
+    program = (
+        "import sys; from glass.settings import errors_in_one_line\n"
+        "with errors_in_one_line(): print(sys.stdin.read(), '☃'); sys.exit(0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "ascii"}
+
+    def ended(redirections):
+        command = ["bash", "-c", f'"$0" -c "$1" {redirections}; exit ${{PIPESTATUS[0]}}']
+        words = [*command, sys.executable, program]
+        done = subprocess.run(words, env=environment, input=b"\xff", capture_output=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert ended("") == (0, b"? ?\n", b"")
+    assert ended("<&- >&- 2>&-") == (0, b"", b"")
+    assert ended("| sleep 0.01 | true") in ((141, b"", b""), (0, b"", b""))
+    assert ended("> >(exec <&-); sleep 0.1; true")[2] == b""
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run_main(interrupted, [], capsys) == (130, "", "interrupted\n")
 
 
 # ---------------------------------------------------------------------------------------- glass/checkpoint.py
@@ -3112,6 +3257,19 @@ def test_a_flipped_bit_and_a_truncated_file_fall_back_to_the_checkpoint_before(t
         assert checkpoint.load(tmp_path)["step"] == 1
 
 
+def test_files_with_similar_names_are_no_checkpoints(tmp_path):
+    for name in ("ckpt_5.pt", "ckpt_00000009.pt", "ckpt_last.pt"):
+        (tmp_path / name).write_text("another program's")
+    (tmp_path / "ckpt_0000007.pt").mkdir()
+    if os.name != "nt":
+        (tmp_path / "ckpt_0000008.pt").symlink_to("nowhere")
+    for step in (1, 2, 10_000_000):
+        checkpoint.save(tmp_path, step, example_state(step))
+    assert checkpoint.saved_steps(tmp_path) == [2, 10_000_000]
+    assert checkpoint.load(tmp_path)["step"] == 10_000_000
+    assert (tmp_path / "ckpt_5.pt").read_text() == "another program's"
+
+
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(trained, capsys, monkeypatch):
     names = ("metrics.jsonl", "config.json", "tokenizer.json")
     before = {name: Path("out/small", name).read_bytes() for name in names}
@@ -3152,7 +3310,7 @@ def test_a_newer_version_says_so_and_a_lock_dies_with_its_holder(tmp_path):
     with pytest.raises(ValueError, match="has version 99"):
         checkpoint.load(tmp_path)
     held = files.lock(tmp_path)
-    with pytest.raises(ValueError, match="is in use by a run"):
+    with pytest.raises(ValueError, match="is in use by a command"):
         files.lock(tmp_path)
     held.release()
     files.lock(tmp_path).release()
@@ -4383,6 +4541,13 @@ def test_quotes_are_text_in_a_tsv_and_cells_may_be_long(in_tmp_path):
     Path("rows.csv").write_text(f'label,text\nham,"a, {"b" * 200_000}"\n')
     (row,) = [row for _, row in sources.read_table("rows.csv")]
     assert len(row["text"]) == 200_003
+
+
+def test_the_ending_of_a_table_may_be_in_capitals(in_tmp_path):
+    Path("ROWS.CSV").write_text("label,text\nham,hi\n")
+    assert list(sources.read_table("ROWS.CSV")) == [
+        ("ROWS.CSV line 2", {"label": "ham", "text": "hi"})
+    ]
 
 
 def test_tasks_have_right_answers_and_no_text_in_two_splits(in_tmp_path):

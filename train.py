@@ -312,7 +312,8 @@ def open_or_prepare(name):
     try:
         return open_dataset(name)
     except FileNotFoundError:
-        if count_processes() > 1 or prepare.download_bytes(name) > 100e6:
+        is_large = prepare.download_bytes(name) > 100e6
+        if count_processes() > 1 or is_large or name not in prepare.SOURCES:
             raise
     say(f"dataset {name} is not there yet: preparing it")
     prepare.prepare(prepare.Settings(name=name))

@@ -37,8 +37,8 @@ def lock(folder, name=None):
         held.acquire(timeout=0)
     except filelock.Timeout as error:
         raise ValueError(
-            f"{name or folder} is in use by a run that is still going: "
-            "name another, or stop that run"
+            f"{name or folder} is in use by a command that is still running: "
+            "name another, or stop that command"
         ) from error
     return held
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from glass.checkpoint import first_line
 from glass.device import peak_flops
-from glass.files import write_text
+from glass.files import replacing, write_text
 
 QUICK = "quick_"  # begins the name of a figure that comes from a few validation windows only
 
@@ -222,8 +222,6 @@ def say(text):
     try:
         tqdm.write(str(text), file=sys.stdout)
         sys.stdout.flush()
-    except UnicodeEncodeError:
-        tqdm.write(str(text).encode("ascii", "replace").decode(), file=sys.stdout)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
 
@@ -237,6 +235,15 @@ def open_figure(**options):
     from matplotlib import pyplot
 
     return pyplot, *pyplot.subplots(layout="constrained", **options)
+
+
+def save_figure(pyplot, figure, path):
+    """Write a figure as PNG and close it."""
+    try:
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=120)
+    finally:
+        pyplot.close(figure)
 
 
 def draw_losses(lines, path):
@@ -263,8 +270,7 @@ def draw_losses(lines, path):
     axes.set(xlabel=x, ylabel=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, path)
 
 
 def draw_confusion(confusion, labels, path):
@@ -285,8 +291,7 @@ def draw_confusion(confusion, labels, path):
     texts = [label.replace("$", r"\$") for label in labels]  # else matplotlib sets them as formulas
     axes.set_xticklabels(texts)
     axes.set_yticklabels(texts)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, path)
 
 
 def import_wandb():

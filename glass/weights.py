@@ -618,6 +618,11 @@ def save_pretrained(model, folder, tokenizer=None):
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{folder} cannot be written ({checkpoint.first_line(error)}): "
+            "make room, or name another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -657,16 +662,19 @@ def load_adapter(model, path):
 
     Raises ValueError if they do not fit.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            lora = json.loads((file.metadata() or {}).get("lora", "null"))
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
+    if not Path(path).is_file():
         raise ValueError(
-            f"adapter={path} is not a safetensors file ({error}): "
-            "give the file that finetune.py --trainable=lora wrote"
-        ) from error
+            f"adapter={path} is not a file: give the one that finetune.py --trainable=lora wrote"
+        )
+    with reading(path, "give the file that finetune.py --trainable=lora wrote"):
+        merge_adapter(model, path)
+
+
+def merge_adapter(model, path):
+    """What `load_adapter` does; a file that is not as it should be raises errors of any kind."""
+    with safe_open(path, framework="pt") as file:
+        lora = json.loads((file.metadata() or {}).get("lora", "null"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if not lora or not tensors:
         raise ValueError(
             f"adapter={path} holds no LoRA matrices: "
