@@ -135,7 +135,7 @@ def load(folder, which="last"):
         state, problem = read(path)
         if problem is None:
             if path.name in (BEST, checkpoint_path(folder, state["step"]).name):
-                return upgraded(state) | {"path": path}
+                return upgraded(state) | {"path": str(path)}
             problem = f"it holds step {state['step']}: somebody renamed it"
         warning = f"WARNING: {path} is damaged ({problem}), looking for another one"
         print(warning, file=sys.stderr, flush=True)
@@ -263,7 +263,7 @@ def set_aside(folder, loaded):
     """
     paths = checkpoint_files(folder)
     if loaded:
-        paths = paths[: paths.index(loaded)]
+        paths = paths[: paths.index(Path(loaded))]
     elif paths:
         paths = {*paths, *(Path(folder) / name for name in LEFT_BEHIND)}
     for path in paths:

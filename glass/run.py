@@ -164,7 +164,7 @@ class Run:
         self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
         self.evaluated_step = state["evaluated_step"]
         self.evaluations_without_better = state["evaluations_without_better"]
-        is_best = self.best_step == self.step and state["path"].name != checkpoint.BEST
+        is_best = self.best_step == self.step and Path(state["path"]).name != checkpoint.BEST
         if is_best and self.processes.is_main:
             # The run may have been killed just before it did this.
             with warned_about(self.folder / checkpoint.BEST):
