@@ -13,6 +13,7 @@ PROGRAMS = {  # the name of a file in bench/, and what it measures
     "limits": "what this machine can do: matrix products, reading memory",
     "train": "a training step: time, tokens/s, FLOP/s, memory, start-up; beside nanoGPT",
     "recipe": "validation loss against wall-clock, of several configs in one picture",
+    "evaluate": "items of multiple choice per second, beside lm-evaluation-harness",
     "generate": "generated tokens/s against the memory bandwidth; beside transformers or nanoGPT",
     "tokenizers": "training and encoding, beside tokenizers, rustbpe and tiktoken",
     "prepare": "prepare.py with several workers, beside tiktoken on one thread",

@@ -40,6 +40,7 @@ import train
 from glass import (
     chat,
     checkpoint,
+    contamination,
     core,
     files,
     generate,
@@ -2741,7 +2742,7 @@ def test_planted_contamination_is_found(in_tmp_path):
     text = train_words.tokenizer.decode(tokens_of(train_words, "train").tolist()).split()
     planted = " ".join(["x", *text[700:713], "y"])
     almost = " ".join(["x", *text[700:712], "other", "words"])
-    assert evaluate.contaminated([planted, almost, "short text"], "own") == (1, 2)
+    assert contamination.contaminated([planted, almost, "short text"], "own") == (1, 2)
 
 
 def test_evaluate_measures_what_a_run_was_trained_on(trained, capsys):
@@ -2787,6 +2788,8 @@ def test_evaluate_answers_as_the_task_itself_does(long_base, capsys):
 def test_evaluate_names_what_it_cannot_do(trained, capsys):
     cases = [
         (["--items=none.jsonl"], "items=none.jsonl does not exist"),
+        (["--items=piqa"], "run python prepare.py piqa"),
+        (["--items=nosuch"], "name a file, or one of hellaswag"),
         (["--answers=nothing"], "does not exist"),
         (["--classes=small.jsonl"], "classes needs a classifier"),
         (["--checker=none.py", "--answers=small.txt"], "does not exist"),
