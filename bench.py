@@ -15,6 +15,7 @@ PROGRAMS = {  # the name of a file in bench/, and what it measures
     "recipe": "validation loss against wall-clock, of several configs in one picture",
     "evaluate": "items of multiple choice per second, beside lm-evaluation-harness",
     "generate": "generated tokens/s against the memory bandwidth; beside transformers or nanoGPT",
+    "trace": "looking into a model: each part of a trace of 256 tokens",
     "tokenizers": "training and encoding, beside tokenizers, rustbpe and tiktoken",
     "prepare": "prepare.py with several workers, beside tiktoken on one thread",
     "faults": "kill -9 at random moments, resume, and compare the weights to the bit",

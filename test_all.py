@@ -1,6 +1,7 @@
 """Every promise, once: `python -m pytest test_all.py`. CPU, seeded, no network; files only in temporary folders."""
 
 import ast
+import base64
 import collections
 import dataclasses
 import errno
@@ -46,12 +47,15 @@ from glass import (
     generate,
     intervals,
     items,
+    looking,
+    matches,
     optim,
     progress,
     records,
     score,
     shards,
     sources,
+    trace,
     weights,
 )
 from glass.device import Processes, autocast
@@ -3633,6 +3637,250 @@ def test_the_plain_generate_is_the_reference_of_the_fast_one():
     likeliest = model(idx)[0][:, -1].topk(2).indices
     drawn = torch.stack([model.generate(idx, 1, top_k=2)[:, -1] for _ in range(40)])
     assert all(set(drawn[:, row].tolist()) == set(likeliest[row].tolist()) for row in range(3))
+
+
+# ------------------------------------------------------------------------------- glass/trace.py, looking, matches
+
+TRACED = [
+    dict(),
+    dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2),
+    dict(pos="rope", qk_norm=True, smear=True, embed_skip=True, mlp="gelu_exact"),
+    dict(bias=True),
+    dict(lora_rank=2),
+    dict(tie_weights=False, mlp="relu2", n_kv_head=1),
+    dict(n_classes=3),
+    dict(n_layer=0),
+]
+
+
+def has_hooks(model):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("settings", TRACED)
+def test_a_trace_changes_nothing_and_sums_to_the_logit(settings):
+    model, idx = tiny_model(**settings), torch.arange(3, 23)
+    plain = model(idx[None])[0][0].detach()
+    found = trace.trace(model, idx)
+    assert torch.equal(found.logits, plain) and not has_hooks(model)
+    if model.blocks:
+        maps = model.attention_maps(idx[None])  # (L, 1, H, T, T)
+        for layer in range(2):
+            weights = found.attention(layer)
+            torch.testing.assert_close(weights, maps[layer, 0], atol=1e-6, rtol=0)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(4, 20))
+    ids, logprobs, ranks = trace.lens(found, [0, 7, 19], 5)
+    assert ids.shape == (2 * len(model.blocks) + 1, 3, 5)
+    expected = plain[[0, 7, 19]].log_softmax(-1)
+    torch.testing.assert_close(logprobs[-1], expected.topk(5).values, atol=1e-5, rtol=0)
+    came = torch.tensor([idx[1], idx[8], plain[19].argmax()])
+    better = (expected > expected.gather(1, came[:, None])).sum(1)
+    assert ranks[-1].tolist() == better.tolist()
+    for position in (0, 7, 19):
+        token = 1 if model.classifier else 11
+        heads, mlps, others = trace.pushes(found, position, token)
+        logit = plain[position, token]
+        if model.classifier:
+            logit = model.classify(idx[None], torch.tensor([position + 1]))[0, token]
+        total = float(heads.sum() + mlps.sum()) + sum(others.values())
+        assert total == pytest.approx(float(logit), abs=1e-4)
+        by_token = trace.token_pushes(found, position, token)
+        assert float(by_token.sum()) == pytest.approx(float(heads.sum()), abs=1e-4)
+        assert by_token[position + 1 :].abs().max() == 0 if position < 19 else True
+
+
+def test_heads_and_mlps_that_are_off_write_nothing():
+    model, idx = tiny_model(bias=True), torch.arange(20)[None]
+    with torch.no_grad():
+        plain = model(idx)[0]
+        off = torch.zeros(2, 5, dtype=torch.bool)
+        with trace.switched_off(model, off):
+            assert torch.equal(model(idx)[0], plain)
+        off[1, 2] = True
+        with trace.switched_off(model, off):
+            without = model(idx)[0]
+        kept = model.blocks[1].attn.o_proj.weight.clone()
+        model.blocks[1].attn.o_proj.weight[:, 16:24] = 0  # what head 2 of four reads
+        torch.testing.assert_close(without, model(idx)[0], atol=1e-5, rtol=0)
+        model.blocks[1].attn.o_proj.weight.copy_(kept)
+        off[:], off[0, 4] = False, True
+        with trace.switched_off(model, off):
+            without = model(idx)[0]
+        for name, weight in model.blocks[0].mlp.named_parameters():
+            if name.startswith("down_proj"):
+                weight.zero_()
+        torch.testing.assert_close(without, model(idx)[0], atol=1e-5, rtol=0)
+    assert not has_hooks(model)
+    with pytest.raises(RuntimeError), trace.switched_off(model, off):
+        raise RuntimeError
+    assert not has_hooks(model)
+
+
+def test_a_planted_induction_head_and_a_previous_token_head_are_found():
+    """Layer 0 writes the token before into channels of its own; layer 1 looks for its own token there."""
+    V, T = 16, 32
+    shape = dict(vocab_size=V, block_size=T, n_layer=2, n_head=1, head_dim=64, n_inner=4)
+    model = GPT(GPTConfig(n_embd=2 * V + T, norm="rmsnorm", tie_weights=False, **shape)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.zero_()
+        model.tok_emb.weight[:, :V] = torch.eye(V)
+        model.pos_emb.weight[:, 2 * V :] = torch.eye(T)
+        first, second = model.blocks[0].attn, model.blocks[1].attn
+        # the query of position t is the key of position t - 1
+        first.q_proj.weight[:T, 2 * V :] = 30 * torch.eye(T)
+        first.k_proj.weight[1:T, 2 * V : 2 * V + T - 1] = 30 * torch.eye(T - 1)
+        first.v_proj.weight[:V, :V] = torch.eye(V)
+        first.o_proj.weight[V : 2 * V, :V] = torch.eye(V)
+        # a token looks for positions whose token before is itself
+        second.q_proj.weight[:V, :V] = 30 * torch.eye(V)
+        second.k_proj.weight[:V, V : 2 * V] = 30 * torch.eye(V)
+    previous, induction, first = trace.head_badges(model)
+    assert previous[0, 0] > 0.95 and induction[0, 0] < 0.2
+    assert (
+        induction[1, 0] > 0.5 and previous[1, 0] < 0.2
+    )  # a token that occurs three times halves it
+    assert first.max() < 0.3
+
+
+def looked(loaded, *parts, **request):
+    return looking.respond(loaded, {"parts": list(parts), **request})
+
+
+def decoded(matrix):
+    values = np.frombuffer(base64.b64decode(matrix["base64"]), np.uint8).reshape(matrix["shape"])
+    return values * matrix["scale"]
+
+
+def test_what_is_looked_at_is_json_and_the_models_own_numbers():
+    loaded, text = loaded_tiny(pos="rope"), "To be, or not to be"
+    L, H, T, V = 2, 4, len(text), loaded.tokenizer.vocab_size
+    parts = [part for part in looking.PARTS if part not in ("compare", "matches", "class")]
+    mask = [[True] + [False] * H] * L
+    found = looked(loaded, *parts, text=text, k=3, mask=mask, position=5)
+    json.dumps(found, allow_nan=False)
+    ids = loaded.tokenizer.encode(text)
+    logits = loaded.model(torch.tensor([ids]))[0][0].detach()
+    logprobs = logits.log_softmax(-1)
+    assert found["ids"] == ids and [token["text"] for token in found["tokens"]["tokens"]] == list(
+        text
+    )
+    came = [float(logprobs[t - 1, ids[t]]) for t in range(1, T)]
+    assert found["surprise"]["logprob"][1:] == pytest.approx(came, abs=1e-5)
+    entropy = -(logprobs.exp() * logprobs).sum(1)[:-1]
+    assert found["surprise"]["entropy"][1:] == pytest.approx(entropy.tolist(), abs=1e-4)
+    assert found["likeliest"]["ids"] == logits.topk(3).indices.tolist()
+    row = np.frombuffer(base64.b64decode(found["logits"]["row"]), "<f4")
+    np.testing.assert_array_equal(row, logits[5].numpy())
+    weights = loaded.model.attention_maps(torch.tensor([ids]))[0, 0]
+    shown = decoded(found["attention"]["matrix"])
+    assert (
+        np.abs(shown - weights[0].numpy()).max() <= found["attention"]["matrix"]["scale"] / 2 + 1e-6
+    )
+    assert found["thumbnails"]["maps"]["shape"] == [H, T, T]
+    assert found["lens"]["ids"][-1] == logits.topk(3).indices.tolist()
+    pushed = found["pushes"]
+    total = sum(map(sum, pushed["heads"])) + sum(pushed["mlps"]) + sum(pushed["others"].values())
+    assert pushed["token"] == ids[6] and total == pytest.approx(pushed["logit"], abs=1e-4)
+    with trace.switched_off(loaded.model, torch.tensor(mask)):
+        off = loaded.model(torch.tensor([ids]))[0][0].detach().log_softmax(-1)
+    assert found["switched_off"]["logprob"][3] == pytest.approx(float(off[2, ids[3]]), abs=1e-5)
+    assert np.array(found["badges"]["induction"]).shape == (L, H) and V == len(row)
+
+
+def test_the_merges_of_a_word_are_shown(trained_on_runs):
+    word = "to be"
+    steps = looking.merged_words(trained_on_runs, word)
+    assert [one["word"] for one in steps] == ["to", " be"]
+    assert steps[0]["steps"][0] == ["t", "o"]
+    assert all("".join(step) == one["word"] for one in steps for step in one["steps"])
+
+
+BAD_REQUESTS = [
+    ({"text": "To", "parts": ["nothing"]}, "must be a list of tokens"),
+    ({"text": "To", "parts": []}, "must be a list of tokens"),
+    ({"parts": ["tokens"]}, "either text or ids"),
+    ({"text": "To", "ids": [1], "parts": ["tokens"]}, "either text or ids"),
+    ({"text": "Ü", "parts": ["tokens"]}, "does not know 'Ü'"),
+    ({"text": "", "parts": ["tokens"]}, "has 0 tokens"),
+    ({"text": "a" * 300, "parts": ["tokens"]}, "has 300 tokens"),
+    ({"ids": [10**6], "parts": ["tokens"]}, "must be a list of ids"),
+    ({"ids": [True], "parts": ["tokens"]}, "must be a list of ids"),
+    ({"text": "To", "parts": ["lens"], "positions": [2]}, "positions=[2]"),
+    ({"text": "To", "parts": ["attention"], "head": 4}, "head=4"),
+    ({"text": "To", "parts": ["attention"], "by_value": 1}, "by_value=1"),
+    ({"text": "To", "parts": ["pushes"], "token": -1}, "token=-1"),
+    ({"text": "To", "parts": ["likeliest"], "k": 10**9}, "k=1000000000"),
+    ({"text": "To", "parts": ["switched_off"], "mask": [[1]]}, "mask="),
+    ({"text": "To", "parts": ["compare"]}, "another model"),
+    ({"text": "To", "parts": ["matches"], "dataset": "../etc"}, "is no prepared text"),
+    ({"text": "To", "parts": ["class"]}, "needs a classifier"),
+    ({"text": "To", "parts": ["tokens"], "path": "/etc"}, "path is no key"),
+]
+
+
+@pytest.mark.parametrize(("body", "says"), BAD_REQUESTS)
+def test_a_request_that_is_not_as_it_should_be_is_refused(body, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        looking.respond(loaded_tiny(), body)
+
+
+def test_matches_in_the_training_data_agree_with_a_naive_search(in_tmp_path):
+    rng = np.random.default_rng(4)
+    words = ["to ", "be ", "or ", "not ", "that "]
+    Path("a.txt").write_text("".join(words[i] for i in rng.integers(5, size=900)))
+    make("own", "a.txt", shard_tokens=1000)
+    dataset = shards.open_dataset("own")
+    corpus = tokens_of(dataset, "train").tolist()
+    assert len(dataset.splits["train"]) > 1  # a match may cross from one shard to the next
+    text = dataset.tokenizer.decode(corpus[500:520]) + "be be be be tottot"
+    ids = dataset.tokenizer.encode(text)
+    index = matches.open_index("own")
+    found = matches.longest_matches(index, ids)
+
+    def count(part):
+        n = len(part)
+        return sum(corpus[i : i + n] == part for i in range(len(corpus) - n + 1))
+
+    for end, (length, n_found) in enumerate(found, 1):
+        longest = next(
+            n for n in range(min(end, matches.LONGEST), 0, -1) if count(ids[end - n : end])
+        )
+        assert length == longest and n_found == count(ids[end - length : end])
+    (place, *_) = matches.places(index, ids[:20])
+    assert (
+        place["match"] == text[:20]
+        and text[:20] in place["before"] + place["match"] + place["after"]
+    )
+    before = Path("data/own/index/index.json").stat().st_mtime_ns
+    matches.open_index("own")
+    assert Path("data/own/index/index.json").stat().st_mtime_ns == before
+    state = {"settings": {"dataset": "own"}}
+    model = tiny_model(vocab_size=dataset.tokenizer.vocab_size, block_size=64)
+    loaded = sample.Loaded(model, dataset.tokenizer, [], state)
+    shown = looked(loaded, "matches", text=text)["matches"]
+    assert shown["lengths"] == [length for length, _ in found]
+
+
+def test_a_classifier_shows_which_token_pushed_the_class(long_base, capsys):
+    tune("classify", capsys)
+    model, tokenizer, state = weights.load_run("out/tuned")
+    loaded = sample.Loaded(model.eval(), tokenizer, [], state)
+    shown = looked(loaded, "class", text="to be or not")["class"]
+    assert shown["labels"] == ["a", "b"] and sum(shown["probs"]) == pytest.approx(1, abs=1e-5)
+    assert len(shown["by_token"]) == len("to be or not")
+
+
+def test_two_models_are_compared_on_the_same_tokens():
+    ours, theirs = loaded_tiny(), loaded_tiny(seed=5)
+    body = {"text": "To be", "parts": ["compare", "surprise"]}
+    shown = looking.respond(ours, body, theirs)
+    swapped = looking.respond(theirs, body, ours)
+    assert shown["compare"]["logprob"] == pytest.approx(swapped["surprise"]["logprob"], nan_ok=True)
+    other = sample.Loaded(theirs.model, bpe.CharTokenizer.train("abc"), [], None)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        looking.respond(ours, {"text": "To be", "parts": ["compare"]}, other)
 
 
 # ---------------------------------------------------------------------------------------------- glass/chat.py
