@@ -3689,6 +3689,17 @@ def test_a_trace_changes_nothing_and_sums_to_the_logit(settings):
         assert by_token[position + 1 :].abs().max() == 0 if position < 19 else True
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_trace_of_fast_products_sums_to_the_logit(quantize):
+    model, idx = tiny_model(pos="rope", n_kv_head=2), torch.arange(3, 23)
+    generate.speed_up(model, quantize)
+    found = trace.trace(model, idx)
+    heads, mlps, others = trace.pushes(found, 19, 11)
+    total = float(heads.sum() + mlps.sum()) + sum(others.values())
+    tolerance = 1e-4 if quantize is None else 0.05  # int8 products round x to bfloat16 on a CPU
+    assert total == pytest.approx(float(found.logits[19, 11]), abs=tolerance)
+
+
 def test_heads_and_mlps_that_are_off_write_nothing():
     model, idx = tiny_model(bias=True), torch.arange(20)[None]
     with torch.no_grad():

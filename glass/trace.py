@@ -162,24 +162,38 @@ def mixing(model):
     return shares, embedding
 
 
-def normalised(model, x, whole):
-    """Parts x (..., C) of a stream `whole` (C,) as the final norm scales them, without its bias."""
-    norm, whole = model.final_norm, whole.float()
+def direction(model, token, whole):
+    """(u (C,), b): whatever adds x to the final stream `whole` (C,) pushes the logit by x u.
+
+    b: what biases add to the logit, a dict of name to number. For a classifier, `token` is a class.
+    """
+    head, norm, whole = model.classifier or model.head, model.final_norm, whole.float()
+    w = head.weight[token].float()
+    if head.weight.dtype == torch.int8:
+        w = w * head.scale[token].float()
+    biases = {}
+    if getattr(norm, "bias", None) is not None:
+        biases["final norm bias"] = float(norm.bias.float() @ w)
+    if head.bias is not None:
+        biases["head bias"] = float(head.bias[token])
+    u = norm.weight.float() * w
     if isinstance(norm, torch.nn.LayerNorm):
-        x = x - x.mean(-1, keepdim=True)
         scale = (whole.var(unbiased=False) + norm.eps).rsqrt()
+        u = u - u.mean()  # the norm subtracts the mean
     else:
         scale = (whole.square().mean() + norm.eps).rsqrt()
-    return x * scale * norm.weight.float()
+    return scale * u, biases
 
 
-def direction(model, token):
-    """(w (C,), b) of a logit w x + b; for a classifier, of the class `token`."""
-    head = model.classifier or model.head
-    bias = 0.0 if head.bias is None else float(head.bias[token])
-    if head.weight.dtype != torch.int8:
-        return head.weight[token].float(), bias
-    return head.weight[token].float() * head.scale[token].float(), bias
+def along(linear, u):
+    """What each input channel of a linear layer adds along u (C,), without its bias: (K,)."""
+    weight = linear.weight  # (C, K)
+    if weight.dtype == torch.int8:
+        return weight.float().T @ (linear.scale.float() * u)
+    added = weight.float().T @ u
+    if hasattr(linear, "lora_a"):
+        added += linear.scale * (linear.lora_a.float().T @ (linear.lora_b.float().T @ u))
+    return added
 
 
 def embedding_parts(found, position):
@@ -201,43 +215,22 @@ def pushes(found, position, token):
     Gives (heads (L, H), MLPs (L,), others: a dict of name to number). All of them sum to the logit.
     The others are the parts of the embedding, and biases where the model has any.
     """
-    model, whole = found.model, (found.outputs or [found.embedded])[-1][position]
-    w, bias = direction(model, token)
+    model, H = found.model, found.model.config.n_head
+    u, biases = direction(model, token, found.streams[-1, position])
     shares, embedding_share = mixing(model)
-
-    def push(x):
-        return normalised(model, x.float(), whole) @ w
-
     others = {
-        name: float(embedding_share * push(part))
+        name: float(embedding_share * (part.float() @ u))
         for name, part in embedding_parts(found, position).items()
     }
-    L, H = len(model.blocks), model.config.n_head
-    heads, mlps = torch.zeros(L, H), torch.zeros(L)
+    heads, mlps = torch.zeros(len(shares), H), torch.zeros(len(shares))
     for layer, block in enumerate(model.blocks):
         share, o_proj = shares[layer], block.attn.o_proj
-        alone = each_head_alone(found.head_values[layer][position], H)  # (H, H * D)
-        constant = o_proj(torch.zeros_like(alone[:1]))  # (1, C), its bias
-        heads[layer] = share * push(o_proj(alone) - constant).cpu()
-        mlps[layer] = share * push(found.mlp_outputs[layer][position]).cpu()
+        each_channel = found.head_values[layer][position].float() * along(o_proj, u)  # (H * D,)
+        heads[layer] = share * each_channel.view(H, -1).sum(1).cpu()
+        mlps[layer] = share * (found.mlp_outputs[layer][position].float() @ u).cpu()
         if o_proj.bias is not None:
-            name = f"attention bias {layer}"
-            others[name] = float(share * push(constant[0]))
-    if getattr(model.final_norm, "bias", None) is not None:
-        others["final norm bias"] = float(model.final_norm.bias.float() @ w)
-    if bias:
-        others["head bias"] = bias
-    return heads, mlps, others
-
-
-def each_head_alone(values, n_head):
-    """values (H * D,) -> (H, H * D), in which row h keeps head h's part alone."""
-    rows = torch.zeros(
-        n_head, n_head, len(values) // n_head, dtype=values.dtype, device=values.device
-    )
-    each = torch.arange(n_head, device=values.device)
-    rows[each, each] = values.view(n_head, -1)
-    return rows.flatten(1)
+            others[f"attention bias {layer}"] = float(share * (o_proj.bias.float() @ u))
+    return heads, mlps, others | biases
 
 
 @torch.no_grad()
@@ -247,24 +240,18 @@ def token_pushes(found, position, token):
     A head carries a weighted sum of values, one for each token, so its push is a sum over tokens.
     The direct path alone is counted: what a token did to later layers counts where it is read.
     """
-    model, whole = found.model, (found.outputs or [found.embedded])[-1][position]
-    w, _ = direction(model, token)
+    model = found.model
+    u, _ = direction(model, token, found.streams[-1, position])
     shares, _ = mixing(model)
     total = torch.zeros(len(found.idx))
     for layer, block in enumerate(model.blocks):
         attn = block.attn
         weights = found.attention(layer)[:, position]  # (H, T)
-        _, _, v = attn.queries_keys_values(
-            block.attn_norm(found.inputs[layer][None]), found.rotation
-        )
-        v = v[0].repeat_interleave(attn.n_head // attn.n_kv_head, 0)  # (H, T, D)
-        zero = attn.o_proj(torch.zeros(1, v.shape[0] * v.shape[2], dtype=v.dtype, device=v.device))
-        for head in range(attn.n_head):
-            alone = torch.zeros(v.shape[1], v.shape[0], v.shape[2], dtype=v.dtype, device=v.device)
-            alone[:, head] = v[head]
-            carried = (attn.o_proj(alone.flatten(1)) - zero).float()  # (T, C)
-            carried = carried * weights[head][:, None]
-            total += (shares[layer] * (normalised(model, carried, whole) @ w)).cpu()
+        x = block.attn_norm(found.inputs[layer][None])
+        v = attn.queries_keys_values(x, found.rotation)[2][0].float()  # (Hkv, T, D)
+        v = v.repeat_interleave(attn.n_head // attn.n_kv_head, 0)  # (H, T, D)
+        carried = v @ along(attn.o_proj, u).view(attn.n_head, -1, 1)  # (H, T, 1)
+        total += (shares[layer] * (weights * carried[..., 0]).sum(0)).cpu()
     return total
 
 
