@@ -23,10 +23,12 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from heapq import heapify, heappop, heappush
 from itertools import chain, cycle, islice
 from operator import add
@@ -34,6 +36,9 @@ from pathlib import Path
 
 import regex
 from tqdm import tqdm
+
+from glass.files import write_text
+from glass.settings import errors_in_one_line
 
 # Ordinary text never becomes one of these special tokens.
 PAD, UNKNOWN = "<|pad|>", "<|unk|>"
@@ -137,7 +142,8 @@ def map_in_processes(work, items, processes, initializer=None, initargs=()):
     """Yield work(item) for each item, in order.
 
     Only a few items per process are in flight, so memory stays constant. initializer(*initargs)
-    runs once in each process first. With processes=1, this process does the work.
+    runs once in each process first. With processes=1, this process does the work. Raises
+    ChildProcessError if a process dies.
     """
     if processes == 1:
         if initializer:
@@ -149,16 +155,26 @@ def map_in_processes(work, items, processes, initializer=None, initargs=()):
     context = multiprocessing.get_context(start_method)
     with ProcessPoolExecutor(processes, context, start_worker, (initializer, initargs)) as pool:
         pending = deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > processes + 1:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > processes + 1:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process was killed, perhaps because memory was full: "
+                "run the same command again, prepare.py with fewer --workers"
+            ) from error
 
 
 def start_worker(initializer, initargs):
-    """Run first in each worker: it then ends when the main process is gone, however that died."""
+    """Run first in each worker: it then ends when the main process is gone, however that died.
+
+    Ctrl-C, which reaches every process of a terminal, is left to the main process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -240,7 +256,7 @@ class Tokenizer:
         """Write the tokenizer to path as JSON, and make the folders above it."""
         document = json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(document, encoding="utf-8")
+        write_text(path, document)
 
 
 class CharTokenizer(Tokenizer):
@@ -822,6 +838,8 @@ def with_special_tokens(tokenizer, names):
     Raises ValueError for a kind of tokenizer that cannot take any.
     """
     new = [name for name in names if name not in tokenizer.special_tokens]
+    if not new:
+        return tokenizer
     saved = tokenizer.to_dict()
     if type(tokenizer) not in TOKENIZERS.values():
         raise ValueError(
@@ -938,12 +956,15 @@ def main():
     """Run one of the three commands: train, show, tokens."""
     given = read_command_line()
     if given.command == "train":
+        if given.out.is_dir():
+            raise ValueError(f"--out={given.out} is a folder: name a file")
         if given.out.exists() and not given.overwrite:
             raise ValueError(
                 f"--out={given.out} is there already: name another file, or add --overwrite"
             )
         if given.out.exists() and any(given.out.samefile(path) for path in given.input):
             raise ValueError(f"--out={given.out} is the text itself: name another file")
+        given.out.parent.mkdir(parents=True, exist_ok=True)
         train_and_compare(given.input, given.vocab_size, given.pattern, given.out, given.show)
         return
     is_gpt2 = given.tokenizer == "gpt2"
@@ -961,8 +982,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line():
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -12,7 +12,6 @@ unseen test data, before and after training.
 
 import copy
 import functools
-import json
 import math
 import sys
 from collections import Counter
@@ -36,6 +35,7 @@ from glass.device import (
     count_processes,
     keep_freed_memory,
 )
+from glass.files import write_json
 from glass.generate import answer, padded
 from glass.progress import Progress, described, draw_confusion, say, warned_about
 from glass.records import read_records, spread
@@ -761,14 +761,16 @@ def check_given(given):
 def finish(run, context, adapter):
     """Load the best checkpoint, write the adapter of a LoRA run, and test the model."""
     stage, model = run.task, run.model
-    model.load_state_dict(checkpoint.load(run.folder, "best")["model"])
+    state = checkpoint.load(run.folder, "best")
+    model.load_state_dict(state["model"])
     if adapter:
-        weights.save_adapter(model, run.folder / "adapter.safetensors")
+        with warned_about(run.folder / "adapter.safetensors"):
+            weights.save_adapter(model, run.folder / "adapter.safetensors")
     if stage.examples["test"]:
         after = stage.test(model, context, run.folder)
-        say(f"test, with the best checkpoint: {described(after)}")
-        figures = json.dumps({"before": stage.test_before, "after": after}, indent=1)
-        (run.folder / "test.json").write_text(figures + "\n", encoding="utf-8")
+        say(f"test, with the checkpoint of step {state['step']}: {described(after)}")
+        with warned_about(run.folder / "test.json"):
+            write_json(run.folder / "test.json", {"before": stage.test_before, "after": after})
 
 
 def main(argv):

@@ -120,8 +120,13 @@ def input_files(settings):
             if path.is_dir():
                 inside = sorted(path.rglob("*"))
                 files += [file for file in inside if file.name.endswith(tuple(READERS))]
-            else:
+            elif path.is_file():
                 files.append(path)
+            else:
+                raise ValueError(
+                    f"--input {path} is a pipe or a device, and text is read more than once: "
+                    "save it to a file"
+                )
     if not files:
         raise ValueError(
             f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}: "
@@ -379,6 +384,7 @@ def prepare(settings):
     held = lock(folder, str(folder))
     try:
         files = input_files(settings)
+        check_inputs(folder, files)
         (folder / MAKING).mkdir(exist_ok=True)
         if source and source.records:
             meta = prepare_records(settings, source, files)
@@ -386,7 +392,7 @@ def prepare(settings):
             meta = prepare_text(settings, files)
         replace_files(folder, meta)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         raise OSError(
             f"no space is left for {folder}: free some and run the same command again, it continues"
@@ -400,7 +406,7 @@ def prepare(settings):
 
 
 def made_files(folder):
-    """The files of a dataset that new ones replace, as a list of paths."""
+    """The files of the folder that have a name of a dataset's file, as a list of paths."""
     patterns = ("train_*.bin", "val_*.bin", "train.jsonl", "val.jsonl", "test.jsonl")
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
@@ -416,13 +422,40 @@ def check_foreign(folder, settings):
     )
 
 
+def check_inputs(folder, files):
+    """Raise ValueError if an input is a file that preparing replaces or removes."""
+    taken = {*made_files(folder), *(folder / MAKING).glob("*"), folder / META}
+    taken = {path.resolve() for path in taken}
+    for path in files:
+        if path.resolve() in taken:
+            raise ValueError(
+                f"--input {path} has the name of a file that preparing replaces: "
+                "move it elsewhere, or choose another name for the dataset"
+            )
+
+
+def old_files(folder):
+    """The files of the dataset that is there, as its meta.json names them: a list of paths."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if meta["kind"] == "text":
+            shards = [shard for about in meta["splits"].values() for shard in about["shards"]]
+            names = [shard["file"] for shard in shards]
+        else:
+            names = [f"{split}.jsonl" for split in meta["splits"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none there, or torn
+        names = []
+    return [path for path in made_files(folder) if path.name in names]
+
+
 def replace_files(folder, meta):
     """Put the new files in place of the old ones. meta.json comes last, in case of interruption."""
     making = folder / MAKING
     (making / PROGRESS).unlink(missing_ok=True)  # no longer true once files are moved
+    old = old_files(folder)
     (folder / META).unlink(missing_ok=True)
-    for old in made_files(folder):
-        old.unlink()
+    for path in old:
+        path.unlink()
     for new in making.iterdir():
         new.replace(folder / new.name)
     write_json(folder / META, meta)

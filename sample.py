@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from glass import checkpoint, weights
 from glass.chat import encode_for_class, fit_chat, stop_ids, template_for
 from glass.device import choose_device, choose_dtype
 from glass.generate import TextStream, speed_up, stream
-from glass.settings import configure, errors_in_one_line
+from glass.settings import check_type, configure, errors_in_one_line, parse
 from model import require
 
 
@@ -113,14 +113,14 @@ def load_model(settings):
     else:
         load_dtype = torch.float32 if s.adapter else dtype  # an adapter knows its base by its bits
         model, tokenizer, state = weights.load_model(s.init_from, s.which, load_dtype)
+    if s.adapter:
+        weights.load_adapter(model, s.adapter)
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(
-                f"{name} of {source} holds NaN or infinity, so the run has "
+                f"{name} of {s.adapter or source} holds NaN or infinity, so the run has "
                 "diverged: train again with a lower learning_rate, or take an earlier checkpoint"
             )
-    if s.adapter:
-        weights.load_adapter(model, s.adapter)
     return Loaded(model.to(device, dtype).eval(), tokenizer, stop_ids(tokenizer), state)
 
 
@@ -137,10 +137,7 @@ def read_prompt(settings, loaded):
     """
     text, tokenizer, config = settings.start, loaded.tokenizer, loaded.model.config
     if text.startswith("FILE:"):
-        path = Path(text.removeprefix("FILE:"))
-        if not path.is_file():
-            raise ValueError(f"the prompt file {path} does not exist: name one that does")
-        text = bpe.read_text(path)
+        text = bpe.read_text(text.removeprefix("FILE:"))
     if settings.start == Settings.start and tokenizer.unknown_characters(text):
         text = ""  # a text without line breaks was learnt: begin with whatever can begin one
     check_known(tokenizer, text, settings.start)
@@ -295,19 +292,21 @@ class Chat:
 
     def set_temperature(self, text):
         try:
-            self.options["temperature"] = max(0.0, float(text))
-        except ValueError:
-            print(f"temperature={text!r} must be a number: /temp 0.7")
+            temperature = check_type("temperature", parse(text, float), float)
+            self.settings = replace(self.settings, temperature=temperature)
+            self.options["temperature"] = temperature
+        except ValueError as error:
+            print(f"{error}: /temp 0.7")
 
     def save(self, path):
-        if path.exists():
-            print(f"{path} is there already: /save ANOTHER_NAME")
-            return
         try:
+            if path.exists():
+                print(f"{path} is there already: /save ANOTHER_NAME")
+                return
             text = json.dumps(self.messages, indent=1, ensure_ascii=False)
             path.write_text(text + "\n", encoding="utf-8")
             print(f"saved to {path}")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             print(f"not saved: {error}")
 
     def prompt(self):

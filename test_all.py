@@ -799,6 +799,32 @@ def test_a_tokenizer_is_never_written_over_a_text_or_another_file(tmp_path):
     assert text.read_text().startswith("low") and tok.read_text() == "mine"
 
 
+def test_bpe_refuses_an_out_that_is_no_file_before_it_trains(tmp_path, monkeypatch, capsys):
+    Path(tmp_path, "a.txt").write_text("low lower lowest " * 9)
+    monkeypatch.setattr(bpe, "train_and_compare", lambda *arguments: pytest.fail("trained"))
+    for out, says in (("", "is a folder"), ("a.txt/tok.json", "a.txt' cannot be used")):
+        words = ["bpe.py", "train", "--input", str(tmp_path / "a.txt"), "--overwrite"]
+        monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / out)])
+        status, _, err = run_main(lambda argv: bpe.main(), [], capsys)
+        assert status == 2 and err.count("\n") == 1 and says in err
+
+
+@needs_unix
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(ChildProcessError, match="a worker process was killed"):
+        list(bpe.map_in_processes(os._exit, [9, 9], 2))
+
+
+def test_a_tokenizer_that_has_the_markers_needs_no_others():
+    class Published(bpe.CharTokenizer):
+        pass
+
+    tokenizer = Published.train("abc")
+    assert bpe.with_special_tokens(tokenizer, (bpe.USER, bpe.END)) is tokenizer
+    with pytest.raises(ValueError, match="cannot take <new> as special tokens"):
+        bpe.with_special_tokens(tokenizer, (bpe.USER, "<new>"))
+
+
 @pytest.mark.parametrize("kind", [bpe.CharTokenizer, bpe.WordTokenizer, bpe.BPETokenizer])
 def test_tokens_of_every_kind_of_tokenizer_are_shown(kind, tmp_path):
     options = {"vocab_size": 270} if kind is bpe.BPETokenizer else {}
@@ -978,6 +1004,13 @@ def test_ones_own_text_under_a_known_name_is_not_called_the_datasets(in_tmp_path
     assert "documentation of Python" not in Path("data/pydoc/meta.json").read_text()
 
 
+@needs_unix
+def test_a_pipe_as_input_is_refused(in_tmp_path, capsys):
+    os.mkfifo("pipe")
+    status, _, err = run_main(prepare.main, ["own", "--input", "pipe"], capsys)
+    assert status == 2 and "--input pipe is a pipe or a device" in err
+
+
 def test_bytes_that_are_not_utf8_are_replaced_on_request(in_tmp_path):
     Path("a.txt").write_bytes(b"abc\xffdef" * 20)
     make("own", "a.txt", errors="replace")
@@ -990,6 +1023,24 @@ def test_parquet_without_the_column_names_those_it_has(in_tmp_path):
     parquet.write_table(pyarrow.table({"body": ["a"], "title": ["b"]}), "c.parquet")
     with pytest.raises(ValueError, match=r"\['body', 'title'\]"):
         make("own", "c.parquet")
+
+
+def test_an_input_is_never_removed_and_only_files_of_the_old_dataset_are(in_tmp_path, capsys):
+    Path("corpus").mkdir()
+    Path("corpus/train.jsonl").write_text('{"text": "to be or not"}\n' * 20)
+    words = ["./corpus", "--input", "corpus/train.jsonl", "--tokenizer=char"]
+    for more in ([], ["--overwrite=True"]):
+        status, _, err = run_main(prepare.main, [*words, *more], capsys)
+        assert status == 2 and "train.jsonl" in err, err
+    assert Path("corpus/train.jsonl").read_text().count("to be") == 20
+    Path("a.txt").write_text("some text " * 100)
+    make("own", "a.txt", shard_tokens=100)
+    assert Path("data/own/train_000008.bin").exists()
+    for name in ("test.jsonl", "train_mine.bin"):
+        Path("data/own", name).write_text("mine")
+    make("own", "a.txt", overwrite=True)
+    names = sorted(path.name for path in Path("data/own").glob("*[nl]"))
+    assert names == "meta.json test.jsonl train_000000.bin train_mine.bin val_000000.bin".split()
 
 
 # --------------------------------------------------------------------------------------------------- train.py
@@ -1238,6 +1289,7 @@ def test_metrics_and_a_picture_that_cannot_be_written_are_warnings(workdir, caps
 
     monkeypatch.setattr(progress, "draw_losses", full)
     Path("out/small/metrics.jsonl").mkdir(parents=True)  # no file, so every write fails
+    Path("out/small/config.json").write_text('{"out_dir": "out/small"}')
     status, out, err = run_main(train.main, [*TINY_RUN, "--init_from=auto"], capsys)
     assert status == 0, err
     assert (
@@ -1314,7 +1366,7 @@ def test_a_folder_in_use_is_refused(workdir, capsys):
     Path("out/small").mkdir(parents=True)
     held = files.lock("out/small")
     status, _, err = run_main(train.main, TINY_RUN, capsys)
-    assert status == 2 and "out_dir=out/small is in use by a run that is still going" in err
+    assert status == 2 and "out_dir=out/small is in use by a command that is still running" in err
     held.release()
 
 
@@ -1334,6 +1386,7 @@ def test_auto_starts_anew_beside_checkpoints_that_are_all_torn(workdir, capsys):
         path = checkpoint.checkpoint_path("out/small", step)
         torn[path] = path.read_bytes()[:1000]
         path.write_bytes(torn[path])
+    metrics = Path("out/small/metrics.jsonl").read_text()
     status, out, err = run_main(
         train.main, [*TINY_RUN, "--init_from=auto", "--max_iters=2"], capsys
     )
@@ -1341,6 +1394,66 @@ def test_auto_starts_anew_beside_checkpoints_that_are_all_torn(workdir, capsys):
     assert checkpoint.saved_steps("out/small") == [2]
     for path, content in torn.items():
         assert path.with_suffix(".pt.damaged").read_bytes() == content
+    assert Path("out/small/metrics.jsonl.damaged").read_text() == metrics
+    assert Path("out/small/best.pt.damaged").exists()
+
+
+@pytest.mark.parametrize("damaged", ["torn", "gone", "renamed"])
+def test_auto_goes_on_from_the_best_checkpoint_where_no_other_is_whole(workdir, capsys, damaged):
+    run_main(train.main, TINY_RUN, capsys)
+    best = Path("out/small/best.pt").read_bytes()
+    for step in (3, 6):
+        path = checkpoint.checkpoint_path("out/small", step)
+        path.rename(path.with_name(f"ckpt_000009{step}.pt"))  # holds another step than it says
+        if damaged == "torn":  # a new file, since best.pt is another name of the old one
+            path.write_bytes(best[:1000])
+        if damaged != "renamed":
+            path.with_name(f"ckpt_000009{step}.pt").unlink()
+    words = [*TINY_RUN, "--init_from=auto", "--checkpoint_interval=1", "--max_iters=8"]
+    status, out, err = run_main(train.main, words, capsys)
+    assert status == 0 and "step 7/8" in out and "step 1/8" not in out, err
+    assert checkpoint.saved_steps("out/small") == [7, 8]  # no damaged one pushed them out
+    assert err.count("holds step") == 2 * (damaged == "renamed")
+    assert len(list(Path("out/small").glob("*.damaged"))) == 2 * (damaged != "gone")
+    assert not Path("out/small/metrics.jsonl.damaged").exists()
+
+
+def test_a_folder_that_is_not_a_runs_is_never_written_into(trained, capsys):
+    run_main(train.main, [*TINY_RUN, *AS_GPT2, "--bias=True", "--overwrite=True"], capsys)
+    run_main(sample.main, ["--export=published"], capsys)
+    Path("out/tok").mkdir()
+    Path("out/tok/tokenizer.json").write_text("mine")
+    before = {path: path.read_bytes() for path in Path("published").iterdir()}
+    for word in ("--init_from=auto", "--overwrite=True"):
+        for folder in ("published", "out/tok"):
+            words = [*TINY_RUN, f"--out_dir={folder}", word]
+            status, _, err = run_main(train.main, words, capsys)
+            assert status == 2 and "no config.json of a run" in err
+    assert {path: path.read_bytes() for path in Path("published").iterdir()} == before
+    _, out, _ = run_main(train.main, [*TINY_RUN, "--out_dir=out/tok"], capsys)
+    assert "goes to out/tok-2" in out and Path("out/tok/tokenizer.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", ["2", "0", "abc", ""])
+def test_an_environment_that_is_not_torchruns_is_named(workdir, capsys, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    status, _, err = run_main(train.main, TINY_RUN, capsys)
+    assert status == 2 and err.count("\n") == 1 and f"WORLD_SIZE={size!r} is set" in err
+
+
+def test_pictures_need_no_backend_of_a_notebook_and_never_end_a_run(workdir, capsys, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    progress.draw_confusion([[1, 2], [3, 4]], ["a", "b"], Path("loss.png"))
+    assert os.environ["MPLBACKEND"] == "Agg"  # matplotlib reads it when it is first imported
+    assert Path("loss.png").stat().st_size > 1000 and not Path("loss.png.part").exists()
+
+    def broken(lines, path):
+        raise KeyError("font")
+
+    monkeypatch.setattr(progress, "draw_losses", broken)
+    status, out, _ = run_main(train.main, [*TINY_RUN, "--out_dir=out/my run"], capsys)
+    assert status == 0 and "loss.png is not written (KeyError: 'font')" in out
+    assert "python sample.py --out_dir='out/my run'" in out
 
 
 def test_a_run_leaves_a_folder_alone_that_holds_anything_of_another(workdir, capsys):
@@ -1731,7 +1844,7 @@ def test_a_checkpoint_of_version_1_goes_on(workdir, capsys):
 def test_every_stage_trains_and_says_what_it_reached(long_base, capsys, task):
     status, out, err = tune(task, capsys)
     assert status == 0, err
-    assert "test, before:" in out and "test, with the best checkpoint:" in out
+    assert "test, before:" in out and "test, with the checkpoint of step" in out
     figures = json.loads(Path("out/tuned/test.json").read_text())
     assert figures["before"].keys() == figures["after"].keys()
     lines = [json.loads(line) for line in Path("out/tuned/metrics.jsonl").read_text().splitlines()]
@@ -2041,6 +2154,69 @@ def test_an_adapter_is_merged_into_its_own_base_alone_and_once(long_base, capsys
         assert status == 2 and out == "" and "was trained on other weights than these" in err
 
 
+def test_an_adapter_that_holds_no_numbers_is_refused(long_base, capsys):
+    tune("instruct", capsys, "--trainable=lora")
+    path = Path("out/tuned/adapter.safetensors")
+    with weights.safe_open(path, "pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name) * math.nan for name in names}
+    weights.save_file(tensors, path, metadata)
+    words = ["--out_dir=out/small", f"--adapter={path}"]
+    status, out, err = run_main(sample.main, words, capsys)
+    assert status == 2 and out == "" and "adapter.safetensors holds NaN" in err
+
+
+@pytest.mark.parametrize("damage", ["no lora_a", "rank 0", "[1]", '{"lora_rank', "no file"])
+def test_an_adapter_that_is_not_as_it_should_be_is_one_line(long_base, capsys, damage):
+    tensors, config = {"blocks.0.attn.q_proj.lora_b": torch.ones(16, 1)}, '{"lora_rank": 1}'
+    if damage == "rank 0":
+        config = '{"lora_rank": 0, "lora_alpha": 1}'
+    elif damage == "no lora_a":
+        config = '{"lora_rank": 1, "lora_alpha": 1}'
+    elif damage != "no file":
+        config = damage
+    if damage != "no file":
+        weights.save_file(tensors, "odd.safetensors", {"lora": config})
+    words = ["--out_dir=out/small", "--adapter=odd.safetensors"]
+    status, _, err = run_main(sample.main, words, capsys)
+    assert status == 2 and "error: " in err.splitlines()[-1]
+    assert "odd.safetensors is not" in err and "trainable=lora" in err
+
+
+def test_a_full_disk_at_the_end_of_a_lora_run_prevents_no_test(long_base, capsys, monkeypatch):
+    tune("instruct", capsys, "--trainable=lora")
+    before = Path("out/tuned/adapter.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise weights.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    words = ["--init_from=resume", "--out_dir=out/tuned"]
+    status, out, err = run_main(finetune.main, words, capsys)
+    assert status == 0 and "adapter.safetensors is not written (SafetensorError" in out, err
+    assert "test, with the checkpoint of step" in out
+    assert Path("out/tuned/adapter.safetensors").read_bytes() == before
+    run_main(train.main, [*TINY_RUN, *AS_GPT2, "--bias=True", "--overwrite=True"], capsys)
+    status, _, err = run_main(sample.main, ["--out_dir=out/small", "--export=folder"], capsys)
+    assert status == 2 and "folder cannot be written (SafetensorError: No space" in err
+    assert not Path("folder").exists()
+
+
+def test_a_run_without_best_goes_on_and_one_with_best_alone_is_a_run(long_base, capsys):
+    tune("instruct", capsys)
+    Path("out/tuned/best.pt").unlink()
+    words = ["--init_from=resume", "--out_dir=out/tuned"]
+    status, out, err = run_main(finetune.main, words, capsys)
+    assert status == 0 and "test, with the checkpoint of step 6" in out, err
+    for path in Path("out/small").glob("ckpt_*.pt"):
+        path.unlink()
+    status, _, err = run_main(sample.main, ["--out_dir=out/small", "--which=last"], capsys)
+    assert status == 0, err
+    status, _, err = tune("instruct", capsys, "--max_iters=1", out="another")
+    assert status == 0, err
+
+
 def test_new_markers_extend_tokenizer_and_embedding(long_base, capsys):
     tokenizer = bpe.CharTokenizer.train(TEXT, special_tokens=(bpe.UNKNOWN,))
     wider = bpe.with_special_tokens(tokenizer, (*chat.MARKERS.values(), bpe.END))
@@ -2134,12 +2310,16 @@ BAD_ROWS = {
 def test_finetuning_refuses_what_cannot_be(base, capsys):
     one_class = "".join(json.dumps({"text": f"to be {i}", "label": "a"}) + "\n" for i in range(30))
     Path("one.jsonl").write_text(one_class)
+    Path("data/odd").mkdir()
+    Path("data/odd/meta.json").write_text("[]")
     cases = [
         (["--task=classify", "--dataset=one.jsonl"], "one class only"),
         (["--task=classify", "--dataset=none.jsonl"], "does not exist"),
+        (["--task=classify", "--dataset=small.txt"], "neither prepared nor a file that ends in"),
+        (["--task=classify", "--dataset=./data/odd"], "data/odd/meta.json is not as it should be"),
         (["--task=instruct", "--dataset=orders.jsonl", "--n_layer=3"], "n_layer come"),
         (["--task=classify", "--dataset=classes.jsonl", "--batch_size=100"], "lower batch_size"),
-        (["--task=reinforce", "--dataset=orders.jsonl", "--reward=none.py"], "does not exist"),
+        (["--task=reinforce", "--dataset=orders.jsonl", "--reward=none.py"], "is not a file"),
         (["--task=classify", "--dataset=classes.jsonl", "--freeze=*"], "nothing to train"),
         (["--task=classify", "--dataset=tasks"], "kind=instructions"),
         (
@@ -2357,7 +2537,7 @@ def test_sample_writes_several_texts_and_shows_probabilities(trained, capsys):
     [
         (["--start=Ünïcode"], "does not know 'Ü' 'ï'"),
         (["--start=" + "To be " * 20], "the prompt has 120 tokens but block_size=32"),
-        (["--start=FILE:nothing.txt"], "nothing.txt does not exist"),
+        (["--start=FILE:nothing.txt"], "nothing.txt is not a file"),
         (["--out_dir=out/none"], "holds no checkpoint"),
         (["--temperature=-1"], "temperature=-1.0 must not be negative"),
         (["--top_k=0"], "top_k=0 must be at least 1"),
@@ -2373,9 +2553,14 @@ def test_chat_answers_keeps_its_history_and_saves_it(trained, capsys, monkeypatc
         [
             "To be",
             "/temp x",
+            "/temp 1e-40",
+            "/temp nan",
+            "/temp -3",
             "/temp 0",
             "not to be",
             "/save talk.json",
+            "/save a\0b",
+            "/save " + "x" * 300,
             "/help",
             "/reset",
             "/save empty.json",
@@ -2399,11 +2584,15 @@ def test_chat_answers_keeps_its_history_and_saves_it(trained, capsys, monkeypatc
         "content"
     ] == "not to be"
     assert json.loads(Path("empty.json").read_text()) == []
-    assert (
-        "temperature='x' must be a number" in out
-        and "/reset  forget" in out
-        and "does not know 'Ü'" in out
-    )
+    assert out.count("not saved: ") == 2
+    for wrong in (
+        "'x' must be float",
+        "1e-40 must be 0, or",
+        "'nan' must be float",
+        "-3.0 must not be",
+    ):
+        assert f"temperature={wrong}" in out
+    assert "/reset  forget" in out and "does not know 'Ü'" in out
 
 
 def test_sample_without_a_run_says_what_to_do(tmp_path, monkeypatch, capsys):
@@ -2946,7 +3135,7 @@ def test_every_way_to_write_a_setting_is_understood():
         ("--n_layer=True", "--n_layer=True must be int"),
         ("--n_layer=None", "--n_layer=None must be int"),
         ("--n_layer", "--n_layer has no value"),
-        ("config/nothing.py", "does not exist"),
+        ("config/nothing.py", "is not a file"),
         ("--compile=maybe", "--compile='maybe' must be bool or auto"),
     ],
 )
@@ -2963,6 +3152,13 @@ def test_a_config_file_that_does_not_run_or_has_an_unknown_name_is_named(tmp_pat
     path.write_text("n_layers = 3\n")
     with pytest.raises(ValueError, match="'n_layers': did you mean --n_layer"):
         configure(ExampleSettings, [str(path)])
+
+
+def test_a_config_file_is_also_looked_for_beside_the_scripts(in_tmp_path):
+    assert configure(train.Settings, ["config/pydoc_char.py"]).dataset == "pydoc"
+    Path("config").mkdir()
+    Path("config/pydoc_char.py").write_text("dataset = 'mine'\n")
+    assert configure(train.Settings, ["config/pydoc_char.py"]).dataset == "mine"
 
 
 @pytest.mark.parametrize(
@@ -2991,6 +3187,31 @@ def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):
     )
     with pytest.raises(json.JSONDecodeError):
         run_main(elsewhere, [], capsys)
+
+
+@needs_unix
+def test_closed_and_ascii_streams_a_closed_pipe_and_ctrl_c_end_without_a_traceback(capsys):
+    program = (
+        "import sys; from glass.settings import errors_in_one_line\n"
+        "with errors_in_one_line(): print(sys.stdin.read(), '☃'); sys.exit(0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "ascii"}
+
+    def ended(redirections):
+        command = ["bash", "-c", f'"$0" -c "$1" {redirections}; exit ${{PIPESTATUS[0]}}']
+        words = [*command, sys.executable, program]
+        done = subprocess.run(words, env=environment, input=b"\xff", capture_output=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert ended("") == (0, b"? ?\n", b"")
+    assert ended("<&- >&- 2>&-") == (0, b"", b"")
+    assert ended("| sleep 0.01 | true") in ((141, b"", b""), (0, b"", b""))
+    assert ended("> >(exec <&-); sleep 0.1; true")[2] == b""
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run_main(interrupted, [], capsys) == (130, "", "interrupted\n")
 
 
 # ---------------------------------------------------------------------------------------- glass/checkpoint.py
@@ -3043,6 +3264,40 @@ def test_a_flipped_bit_and_a_truncated_file_fall_back_to_the_checkpoint_before(t
         assert checkpoint.load(tmp_path)["step"] == 1
 
 
+def test_files_with_similar_names_are_no_checkpoints(tmp_path):
+    for name in ("ckpt_5.pt", "ckpt_00000009.pt", "ckpt_last.pt"):
+        (tmp_path / name).write_text("another program's")
+    (tmp_path / "ckpt_0000007.pt").mkdir()
+    if os.name != "nt":
+        (tmp_path / "ckpt_0000008.pt").symlink_to("nowhere")
+    for step in (1, 2, 10_000_000):
+        checkpoint.save(tmp_path, step, example_state(step))
+    assert checkpoint.saved_steps(tmp_path) == [2, 10_000_000]
+    assert checkpoint.load(tmp_path)["step"] == 10_000_000
+    assert (tmp_path / "ckpt_5.pt").read_text() == "another program's"
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(trained, capsys, monkeypatch):
+    names = ("metrics.jsonl", "config.json", "tokenizer.json")
+    before = {name: Path("out/small", name).read_bytes() for name in names}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="tokenizer.json"):
+        bpe.CharTokenizer.train("abc").save("out/small/tokenizer.json")
+    status, _, err = resume("out/small", capsys, "--max_iters=8")
+    assert status == 2 and "config.json' cannot be used (No space left" in err
+    monkeypatch.setattr(train, "write_json", lambda path, content: None)
+    monkeypatch.setattr(bpe, "write_text", lambda path, text: None)
+    status, out, _ = resume("out/small", capsys, "--max_iters=8", "--log_interval=8")
+    assert status == 0 and "metrics.jsonl is not written" in out
+    assert Path("out/small/metrics.jsonl").read_bytes().startswith(before.pop("metrics.jsonl"))
+    assert {name: Path("out/small", name).read_bytes() for name in before} == before
+    assert not list(Path("out/small").glob("*.part"))
+
+
 def test_a_pickle_that_runs_code_does_not_run(tmp_path):
     class Attack:
         def __reduce__(self):
@@ -3062,7 +3317,7 @@ def test_a_newer_version_says_so_and_a_lock_dies_with_its_holder(tmp_path):
     with pytest.raises(ValueError, match="has version 99"):
         checkpoint.load(tmp_path)
     held = files.lock(tmp_path)
-    with pytest.raises(ValueError, match="is in use by a run"):
+    with pytest.raises(ValueError, match="is in use by a command"):
         files.lock(tmp_path)
     held.release()
     files.lock(tmp_path).release()
@@ -4522,6 +4777,8 @@ BAD_TABLES = {
         "label,text\nspam,Win 1,000 pounds now\n",
         "line 2 has 3 cells",
     ),
+    "a column twice": (".csv", "text,label,text\na,b,c\n", "line 1 names the columns"),
+    "a column without a name": (".tsv", "text\tlabel\t\na\tb\tc\n", "line 1 names the columns"),
     "fewer cells": (".csv", "label,text\nspam\n", "line 2 has 1 cells but the header has 2"),
     "an unclosed quote": (".csv", 'label,text\nspam,"Win\nham,hi\n', "is no CSV"),
     "a list for a row": (".jsonl", "[1, 2]\n", "line 1 is a list, needed is an object"),
@@ -4546,6 +4803,13 @@ def test_quotes_are_text_in_a_tsv_and_cells_may_be_long(in_tmp_path):
     Path("rows.csv").write_text(f'label,text\nham,"a, {"b" * 200_000}"\n')
     (row,) = [row for _, row in sources.read_table("rows.csv")]
     assert len(row["text"]) == 200_003
+
+
+def test_the_ending_of_a_table_may_be_in_capitals(in_tmp_path):
+    Path("ROWS.CSV").write_text("label,text\nham,hi\n")
+    assert list(sources.read_table("ROWS.CSV")) == [
+        ("ROWS.CSV line 2", {"label": "ham", "text": "hi"})
+    ]
 
 
 def test_tasks_have_right_answers_and_no_text_in_two_splits(in_tmp_path):

@@ -5,7 +5,6 @@ come from the seed and s alone. So evaluating more often changes nothing, and a 
 and resumed ends with the same weights as one that is not. `train` holds the whole training step.
 """
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,6 +28,7 @@ from glass.device import (
     join_processes,
     keep_freed_memory,
 )
+from glass.files import write_json
 from glass.generate import generate
 from glass.progress import Progress, described, import_wandb, say
 from glass.run import Run, StopSignals, claim_folder, resumed_config, settle
@@ -312,7 +312,8 @@ def open_or_prepare(name):
     try:
         return open_dataset(name)
     except FileNotFoundError:
-        if count_processes() > 1 or prepare.download_bytes(name) > 100e6:
+        is_large = prepare.download_bytes(name) > 100e6
+        if count_processes() > 1 or is_large or name not in prepare.SOURCES:
             raise
     say(f"dataset {name} is not there yet: preparing it")
     prepare.prepare(prepare.Settings(name=name))
@@ -427,15 +428,14 @@ def start(settings, chosen, model, task, processes, state):
             "choose another out_dir"
         )
     if processes.is_main:
-        settings, lock = claim_folder(settings, resumes=state is not None)
+        settings, lock = claim_folder(settings, state)
     run = Run(settings, chosen | {"out_dir": settings.out_dir}, model, task, processes)
     if state:
         run.restore(state)
     else:
         task.begin(model)
     if processes.is_main:
-        config_path = run.folder / "config.json"
-        config_path.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+        write_json(run.folder / "config.json", asdict(settings))
         task.tokenizer.save(run.folder / "tokenizer.json")
         write_about(run)
     return run, lock

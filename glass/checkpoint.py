@@ -23,6 +23,7 @@ import torch
 from glass.files import sync_folder
 
 VERSION = 2
+BEST = "best.pt"
 # what an earlier run may have left in its folder, besides checkpoints
 LEFT_BEHIND = """
     best.pt metrics.jsonl samples.jsonl about.json eval.json loss.png test.json confusion.png
@@ -42,10 +43,19 @@ def checkpoint_path(folder, step):
 def saved_steps(folder):
     """The ascending list of steps that have a checkpoint in the folder.
 
-    A checkpoint in it may be damaged; only loading shows that.
+    A checkpoint in it may be damaged; only loading shows that. Files that only have a similar name,
+    say ckpt_5.pt, are not ours.
     """
-    names = (re.fullmatch(r"ckpt_(\d+)\.pt", path.name) for path in Path(folder).glob("ckpt_*.pt"))
-    return sorted(int(match[1]) for match in names if match)
+    paths = [path for path in Path(folder).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
+    steps = [int(path.stem[5:]) for path in paths if path.is_file()]
+    return sorted(step for step in steps if checkpoint_path(folder, step) in paths)
+
+
+def checkpoint_files(folder):
+    """The paths of all checkpoints in the folder: the latest first, best.pt last."""
+    paths = [checkpoint_path(folder, step) for step in reversed(saved_steps(folder))]
+    best = Path(folder) / BEST
+    return [*paths, best] if best.exists() else paths
 
 
 def save(folder, step, state, keep=2):
@@ -82,7 +92,7 @@ def save(folder, step, state, keep=2):
     finally:
         temporary.unlink(missing_ok=True)
     for old in saved_steps(folder)[:-keep]:
-        checkpoint_path(folder, old).unlink()
+        checkpoint_path(folder, old).unlink(missing_ok=True)
     return path
 
 
@@ -97,26 +107,25 @@ def mark_best(folder, step):
         shutil.copyfile(source, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-    os.replace(temporary, folder / "best.pt")
+    os.replace(temporary, folder / BEST)
     temporary.unlink(missing_ok=True)  # a rename between two names of one file leaves both
     sync_folder(folder)
 
 
 def load(folder, which="last"):
-    """The state of a checkpoint, a dict, with tensors on the CPU.
+    """The state of a checkpoint, a dict, with tensors on the CPU, and the `path` it was read from.
 
-    which: 'last', 'best' or a step. For 'last', a damaged file is named on stderr and the one
-    before it is taken. Raises FileNotFoundError if there is none, and ValueError if none is whole
-    or a newer program wrote it.
+    which: 'last', 'best' or a step. A damaged or renamed file is named on stderr, and the one before
+    it is taken instead, at last best.pt; instead of best.pt, the last. Raises FileNotFoundError if
+    there is none, and ValueError if none is whole or a newer program wrote it.
     """
     folder = Path(folder)
-    if which == "last":
-        paths = [checkpoint_path(folder, step) for step in reversed(saved_steps(folder))]
-    elif which == "best":
-        paths = [folder / "best.pt"]
-    else:
-        paths = [checkpoint_path(folder, which)]
-    if not paths or not paths[0].exists():
+    paths = checkpoint_files(folder)
+    if which == "best":
+        paths = paths[-1:] + paths[:-1] if folder / BEST in paths else paths
+    elif which != "last":
+        paths = [path for path in paths if path == checkpoint_path(folder, which)]
+    if not paths:
         have = ", ".join(map(str, saved_steps(folder))) or "none"
         raise FileNotFoundError(
             f"out_dir={folder} holds no checkpoint ({which}; steps there: {have}): "
@@ -125,8 +134,10 @@ def load(folder, which="last"):
     for path in paths:
         state, problem = read(path)
         if problem is None:
-            return upgraded(state)
-        warning = f"WARNING: {path} is damaged ({problem}), looking for the one before it"
+            if path.name in (BEST, checkpoint_path(folder, state["step"]).name):
+                return upgraded(state) | {"path": path}
+            problem = f"it holds step {state['step']}: somebody renamed it"
+        warning = f"WARNING: {path} is damaged ({problem}), looking for another one"
         print(warning, file=sys.stderr, flush=True)
     names = ", ".join(path.name for path in paths)
     raise NoneIsWhole(f"{folder}: no checkpoint is whole ({names}): restore one, or train again")
@@ -228,13 +239,13 @@ def newest_run(root="."):
     """
     patterns = ("out", "out/*", "out-*")
     folders = [folder for pattern in patterns for folder in Path(root).glob(pattern)]
-    runs = [folder for folder in folders if saved_steps(folder)]
+    runs = [folder for folder in folders if checkpoint_files(folder)]
     if not runs:
         raise FileNotFoundError(
             "there is no run under out/ yet: python train.py makes one, "
             "or name its folder with --out_dir=FOLDER"
         )
-    return max(runs, key=lambda run: checkpoint_path(run, saved_steps(run)[-1]).stat().st_mtime)
+    return max(runs, key=lambda run: checkpoint_files(run)[0].stat().st_mtime)
 
 
 def remove_half_written(folder):
@@ -244,11 +255,24 @@ def remove_half_written(folder):
             path.unlink()
 
 
-def set_aside(folder):
-    """Rename the checkpoints of a folder, so that a new run there does not load them."""
-    for step in saved_steps(folder):
-        path = checkpoint_path(folder, step)
-        path.rename(path.with_suffix(".pt.damaged"))
+def set_aside(folder, loaded):
+    """Rename the checkpoints that could not be loaded, so that they do not pass for the latest.
+
+    They come before `loaded`, the path of the one that could. If it is None, none could, and the
+    rest of what that run left is renamed too.
+    """
+    paths = checkpoint_files(folder)
+    if loaded:
+        paths = paths[: paths.index(loaded)]
+    elif paths:
+        paths = {*paths, *(Path(folder) / name for name in LEFT_BEHIND)}
+    for path in paths:
+        aside, number = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"{path.name}.damaged-{number}")
+        if path.exists():
+            path.rename(aside)
 
 
 def remove_run(folder):

@@ -138,8 +138,19 @@ class Processes:
 
 
 def count_processes():
-    """How many processes torchrun has started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun has started; 1 without torchrun.
+
+    Raises ValueError if the environment is not as torchrun sets it.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    has_all = all(os.environ.get(name) for name in names)
+    if not size.isdecimal() or int(size) < 1 or (int(size) > 1 and not has_all):
+        raise ValueError(
+            f"WORLD_SIZE={size!r} is set, but torchrun sets a number with {' '.join(names)}: "
+            "unset it, or start with torchrun"
+        )
+    return int(size)
 
 
 def join_processes(device, backend=None):

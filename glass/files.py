@@ -37,8 +37,8 @@ def lock(folder, name=None):
         held.acquire(timeout=0)
     except filelock.Timeout as error:
         raise ValueError(
-            f"{name or folder} is in use by a run that is still going: "
-            "name another, or stop that run"
+            f"{name or folder} is in use by a command that is still running: "
+            "name another, or stop that command"
         ) from error
     return held
 
@@ -50,12 +50,28 @@ def write_json(path, content):
 
 def write_text(path, text):
     """Replace a file at once: whatever happens, it is the old or the new one, whole."""
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "w", encoding="utf-8") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A context that gives a path beside `path`; the file written there replaces it at the end.
+
+    If anything fails, the old file stays. An OSError names the file.
+    """
+    path = Path(os.path.realpath(path))  # a link stays a link
+    partial = path.with_name(path.name + ".part")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def sha256_of(path):

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -13,7 +14,9 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
+from glass.checkpoint import first_line
 from glass.device import peak_flops
+from glass.files import replacing, write_text
 
 QUICK = "quick_"  # begins the name of a figure that comes from a few validation windows only
 
@@ -53,7 +56,7 @@ class Progress:
                 if line["step"] < run.step or is_kept:
                     self.lines.append(line)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     def seconds(self):
         """Seconds since training began in this process."""
@@ -168,11 +171,12 @@ class Progress:
         if stop:
             name = signal.Signals(stop).name
             say(f"stopped by {name} after step {run.step}; {run.last_checkpoint()}")
+        folder = shlex.quote(str(run.folder))
         if run.step < run.settings.max_iters and run.saved_step is not None:
-            say(f"to go on: python {script} --init_from=resume --out_dir={run.folder}")
+            say(f"to go on: python {script} --init_from=resume --out_dir={folder}")
         say(f"{self.seconds():.1f} s of training in all")
         if run.saved_step is not None:
-            say(f"for text: python sample.py --out_dir={run.folder}")
+            say(f"for text: python sample.py --out_dir={folder}")
 
 
 def read_metrics(path):
@@ -201,8 +205,8 @@ def warned_about(path):
     """A context that turns a failure to write the file `path` into a warning."""
     try:
         yield
-    except OSError as error:
-        say(f"WARNING: {path} is not written ({error}); training goes on")
+    except Exception as error:  # matplotlib and safetensors raise errors of many kinds
+        say(f"WARNING: {path} is not written ({first_line(error)}); the run goes on")
 
 
 def described(figures):
@@ -218,20 +222,28 @@ def say(text):
     try:
         tqdm.write(str(text), file=sys.stdout)
         sys.stdout.flush()
-    except UnicodeEncodeError:
-        tqdm.write(str(text).encode("ascii", "replace").decode(), file=sys.stdout)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
 
 
 def open_figure(**options):
     """(pyplot, figure, axes), for drawing without a screen."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook names one that is often not there
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot, *pyplot.subplots(layout="constrained", **options)
+
+
+def save_figure(pyplot, figure, path):
+    """Write a figure as PNG and close it."""
+    try:
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=120)
+    finally:
+        pyplot.close(figure)
 
 
 def draw_losses(lines, path):
@@ -258,8 +270,7 @@ def draw_losses(lines, path):
     axes.set(xlabel=x, ylabel=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, path)
 
 
 def draw_confusion(confusion, labels, path):
@@ -280,8 +291,7 @@ def draw_confusion(confusion, labels, path):
     texts = [label.replace("$", r"\$") for label in labels]  # else matplotlib sets them as formulas
     axes.set_xticklabels(texts)
     axes.set_yticklabels(texts)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, path)
 
 
 def import_wandb():

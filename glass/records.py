@@ -14,6 +14,7 @@ import numpy as np
 import prepare
 from glass import sources
 from glass.chat import MARKERS
+from glass.files import reading
 from glass.progress import say
 from glass.shards import META, folder_of
 
@@ -41,7 +42,7 @@ def read_records(settings):
     """
     s, path = settings, Path(settings.dataset)
     splits_anew = s.val_share is not None or s.test_share is not None
-    if path.suffix in sources.TABLES:
+    if path.suffix.lower() in sources.TABLES:
         if not path.is_file():
             raise ValueError(
                 f"dataset={path} does not exist: name a file, or a dataset under data/"
@@ -78,9 +79,16 @@ def read_prepared(settings):
     name, task = settings.dataset, settings.task
     folder = folder_of(name)
     if not (folder / META).is_file():
+        if name not in sources.SOURCES:
+            known = [other for other, source in sources.SOURCES.items() if source.records]
+            raise ValueError(
+                f"dataset={name} is neither prepared nor a file that ends in "
+                f"{' '.join(sources.TABLES)}: name such a file, or one of {' '.join(known)}"
+            )
         say(f"dataset {name} is not there yet: preparing it")
         prepare.prepare(prepare.Settings(name=name))
-    kind = json.loads((folder / META).read_text(encoding="utf-8"))["kind"]
+    with reading(folder / META, f"run python prepare.py {name} again with --overwrite=True"):
+        kind = json.loads((folder / META).read_text(encoding="utf-8"))["kind"]
     if kind != DATASET_KIND[task]:
         raise ValueError(
             f"dataset={name} is of kind={kind} but task={task} needs kind={DATASET_KIND[task]}: "

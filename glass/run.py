@@ -12,8 +12,10 @@ A run trains a model at a task. train.py and finetune.py each bring a task. It h
     state(), restore(model, saved)       what a checkpoint holds of the task
 """
 
+import json
 import math
 import os
+import shlex
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from glass import checkpoint
 from glass.device import choose_dtype
 from glass.files import lock
 from glass.optim import load_moments, make_optimizers
-from glass.progress import say
+from glass.progress import say, warned_about
 from glass.settings import defaults_of, with_role
 from model import GPTConfig
 
@@ -40,7 +42,7 @@ def settle(given, Settings, script):
     name, for any other setting that differs.
     """
     init_from = given.get("init_from", Settings.init_from)
-    can_resume = checkpoint.saved_steps(given.get("out_dir", Settings.out_dir))
+    can_resume = checkpoint.checkpoint_files(given.get("out_dir", Settings.out_dir))
     resumes = init_from == "resume" or (init_from == "auto" and can_resume)
     if not resumes:
         chosen = defaults_of(Settings) | given
@@ -51,7 +53,7 @@ def settle(given, Settings, script):
     except checkpoint.NoneIsWhole as error:
         if init_from == "resume":
             raise
-        say(f"WARNING: {error}; init_from=auto starts anew and sets them aside")
+        say(f"WARNING: {error}; init_from=auto starts anew and sets that run aside")
         chosen = defaults_of(Settings) | given
         return Settings(**chosen), chosen, None
     before = state["settings"]
@@ -59,7 +61,7 @@ def settle(given, Settings, script):
     if made_by != script:
         raise ValueError(
             f"the run in {out_dir} was made by {made_by}, not {script}: "
-            f"python {made_by} --init_from=resume --out_dir={out_dir}"
+            f"python {made_by} --init_from=resume --out_dir={shlex.quote(out_dir)}"
         )
     tunable, free = with_role(Settings, "tunable"), with_role(Settings, "free")
     changed = {name: value for name, value in given.items() if value != before.get(name)}
@@ -89,14 +91,20 @@ def resumed_config(state, settings):
     return GPTConfig(**state["model_config"] | chosen)
 
 
-def claim_folder(settings, resumes):
+def claim_folder(settings, state):
     """(settings, lock): settings with the out_dir of this run, and a lock on that folder.
 
     The folder is made if it does not exist. A folder that holds a run is left alone, and the next
-    free name is taken. But a resumed run keeps its folder, and overwrite removes the old run.
+    free name is taken. But a resumed run, one with a checkpoint's state, keeps its folder, and
+    overwrite removes the old run.
     """
     wanted = folder = str(Path(settings.out_dir))
-    may_reuse = resumes or settings.overwrite or settings.init_from == "auto"
+    may_reuse = state or settings.overwrite or settings.init_from == "auto"
+    if may_reuse and not state and holds_run(folder) and not is_ours(folder):
+        raise ValueError(
+            f"{folder} holds files but no config.json of a run, so they may be others': "
+            "name another folder, or remove them"
+        )
     number = 1
     while not may_reuse and holds_run(folder):
         number += 1
@@ -107,18 +115,25 @@ def claim_folder(settings, resumes):
     Path(folder).mkdir(parents=True, exist_ok=True)
     held = lock(folder, f"out_dir={folder}")
     checkpoint.remove_half_written(folder)
-    if settings.overwrite and not resumes:
+    if settings.overwrite and not state:
         checkpoint.remove_run(folder)
-    if not resumes:
-        checkpoint.set_aside(folder)
+    checkpoint.set_aside(folder, state and state["path"])
     return replace(settings, out_dir=folder), held
 
 
 def holds_run(folder):
-    """Whether a run has left anything in the folder."""
-    names = ("config.json", *checkpoint.LEFT_BEHIND)
+    """Whether the folder holds any file that a run would write."""
+    names = ("config.json", "tokenizer.json", *checkpoint.LEFT_BEHIND)
     has_files = any((Path(folder) / name).exists() for name in names)
     return has_files or bool(checkpoint.saved_steps(folder))
+
+
+def is_ours(folder):
+    """Whether the folder's config.json is that of a run, and not, say, of a published model."""
+    try:
+        return "out_dir" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 class Run:
@@ -149,9 +164,11 @@ class Run:
         self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
         self.evaluated_step = state["evaluated_step"]
         self.evaluations_without_better = state["evaluations_without_better"]
-        if self.best_step == self.step and self.processes.is_main:
+        is_best = self.best_step == self.step and state["path"].name != checkpoint.BEST
+        if is_best and self.processes.is_main:
             # The run may have been killed just before it did this.
-            checkpoint.mark_best(self.folder, self.step)
+            with warned_about(self.folder / checkpoint.BEST):
+                checkpoint.mark_best(self.folder, self.step)
 
     def save(self):
         """Write the checkpoint of this step, once, from the main process.
@@ -202,13 +219,8 @@ class Run:
         if is_best or is_final:
             self.save()
         if is_best and self.processes.is_main and self.saved_step == self.step:
-            try:
+            with warned_about(self.folder / checkpoint.BEST):
                 checkpoint.mark_best(self.folder, self.step)
-            except OSError as error:
-                say(
-                    f"WARNING: best.pt is not the checkpoint of step {self.step}: {error}; "
-                    "training goes on"
-                )
 
     def count_skipped(self, grad_norm):
         """Count the steps in a row whose gradient is not finite.

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import runpy
 import sys
@@ -101,15 +102,17 @@ def take_list(words):
 def read_config_file(Settings, path):
     """The settings that a config file assigns, as a dict, checked against the types of the fields.
 
-    Raises ValueError if the file does not exist or does not run.
+    A file that is not here is looked for beside the scripts. Raises ValueError if there is none, or
+    it does not run.
     """
-    if not Path(path).is_file():
+    found = Path(path) if Path(path).is_file() else HOME / path
+    if not found.is_file():
         known = sorted(f"config/{file.name}" for file in (HOME / "config").glob("*.py"))
         if near := difflib.get_close_matches(path, known, n=1):
-            raise ValueError(f"config file {path} does not exist: did you mean {near[0]}?")
-        raise ValueError(f"config file {path} does not exist: choose one of {' '.join(known)}")
+            raise ValueError(f"config file {path} is not a file: did you mean {near[0]}?")
+        raise ValueError(f"config file {path} is not a file: choose one of {' '.join(known)}")
     try:
-        namespace = runpy.run_path(str(path))
+        namespace = runpy.run_path(str(found))
     except Exception as error:
         raise ValueError(
             f"config file {path} does not run ({type(error).__name__}: {error}): correct it"
@@ -249,26 +252,48 @@ def print_help(Settings, positional):
         print(f"  --{name}={shown}  ({type_name(types_of[name])})  {comments.get(name, '')}")
 
 
+def open_streams():
+    """Make stdin and stdout take any text, with ? for what they cannot, and open closed streams."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdin, sys.stdout):
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # a notebook's streams are of other kinds
+            stream.reconfigure(errors="replace")
+
+
 @contextlib.contextmanager
 def errors_in_one_line():
     """A context that prints an error about a user's input as one line and exits with status 2.
 
     An error is about the input if our own files raised it. A ValueError raised elsewhere, say in
     torch, is a bug and keeps its traceback. So does anything but ValueError, OSError and
-    ImportError.
+    ImportError. Ctrl-C ends with status 130, and a closed pipe (`| head`) quietly with 141.
     """
+    open_streams()
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, ImportError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
         ours = (HOME, HOME / "glass", HOME / "bench")
         if not isinstance(error, OSError) and raised_in not in ours:
             raise
         message = str(error)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            name = str(error.filename)[:200]
-            message = (
-                f"{name!r} cannot be used ({error.strerror}): name another, or make room for it"
-            )
+        if isinstance(error, OSError) and error.errno is not None:
+            name = "a file" if error.filename is None else repr(str(error.filename)[:200])
+            message = f"{name} cannot be used ({error.strerror}): name another, or make room for it"
         print(f"error: {message}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from None

@@ -316,15 +316,16 @@ def read_table(path):
     ValueError, with the place, for what cannot be read.
     """
     path = Path(path)
-    if path.suffix not in TABLES:
+    suffix = path.suffix.lower()
+    if suffix not in TABLES:
         raise ValueError(
             f"{path} ends in {path.suffix!r} but must end in one of {' '.join(TABLES)}: rename it"
         )
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".csv", ".tsv"):
+            if suffix in (".csv", ".tsv"):
                 yield from read_cells(path, file)
-            elif path.suffix == ".jsonl":
+            elif suffix == ".jsonl":
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         where = f"{path} line {number}"
@@ -346,12 +347,16 @@ def read_cells(path, file):
     with more or fewer cells than the header.
     """
     csv.field_size_limit(1 << 30)  # Python's own limit is 131,072 characters
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         reader = csv.reader(file, strict=True)
     else:
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         header = next(reader, [])
+        if len({*header, ""}) <= len(header):
+            raise ValueError(
+                f"{path} line 1 names the columns {header}, needed are distinct names: correct it"
+            )
         for cells in reader:
             if not cells:
                 continue

@@ -169,13 +169,13 @@ def labels_of(records):
 def read_reward(path):
     """The function `reward` of a Python file, or None if path is None.
 
-    Raises ValueError if the file or the function does not exist.
+    Raises ValueError if there is no such file or function.
     """
     if path is None:
         return None
     if not Path(path).is_file():
         raise ValueError(
-            f"reward={path} does not exist: give a Python file with reward(prompt, answer) -> float"
+            f"reward={path} is not a file: give a Python file with reward(prompt, answer) -> float"
         )
     try:
         with reading(path, "correct it"):

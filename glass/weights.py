@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, fields, replace
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 import bpe
 from glass import checkpoint
 from glass.device import choose_device, choose_dtype
-from glass.files import reading
+from glass.files import reading, replacing
 from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
 from model import GPT, GPTConfig
 
@@ -172,7 +173,7 @@ def load_model(name_or_folder, which="best", dtype=None):
     last if there is no best one. For published weights, the state is None and the dtype is chosen
     as in `load_pretrained`.
     """
-    if checkpoint.saved_steps(name_or_folder):
+    if checkpoint.checkpoint_files(name_or_folder):
         return load_run(name_or_folder, which)
     folder = find_folder(name_or_folder)
     return load_pretrained(folder, dtype=dtype), load_tokenizer(folder), None
@@ -180,8 +181,7 @@ def load_model(name_or_folder, which="best", dtype=None):
 
 def load_run(folder, which="best"):
     """(model, tokenizer, checkpoint state) of a run's folder; see `load_model`."""
-    has_best = (Path(folder) / "best.pt").exists()
-    state = checkpoint.load(folder, which if has_best else "last")
+    state = checkpoint.load(folder, which)
     model = GPT(GPTConfig(**state["model_config"]))
     model.load_state_dict(state["model"])
     model.merge_lora()
@@ -450,10 +450,10 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
     anything that does not fit.
     """
     folder = find_folder(name_or_folder)
-    if checkpoint.saved_steps(folder):
+    if checkpoint.checkpoint_files(folder):
         raise ValueError(
             f"{folder} is a run's folder, and published weights are needed: go on with "
-            f"--init_from=resume --out_dir={folder}, or tune it with finetune.py"
+            f"--init_from=resume --out_dir={shlex.quote(str(folder))}, or tune it with finetune.py"
         )
     with reading(folder / CONFIG, "download it again"):
         layout, config = read_config(folder)
@@ -618,6 +618,11 @@ def save_pretrained(model, folder, tokenizer=None):
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{folder} cannot be written ({checkpoint.first_line(error)}): "
+            "make room, or name another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -639,7 +644,8 @@ def save_adapter(model, path):
     names = ("lora_rank", "lora_alpha", "lora_targets")
     config = {name: getattr(model.config, name) for name in names}
     config["base_sha256"] = blocks_sha256(model)
-    save_file(tensors, path, metadata={"format": "pt", "lora": json.dumps(config)})
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", "lora": json.dumps(config)})
 
 
 def blocks_sha256(model):
@@ -656,16 +662,19 @@ def load_adapter(model, path):
 
     Raises ValueError if they do not fit.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            lora = json.loads((file.metadata() or {}).get("lora", "null"))
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
+    if not Path(path).is_file():
         raise ValueError(
-            f"adapter={path} is not a safetensors file ({error}): "
-            "give the file that finetune.py --trainable=lora wrote"
-        ) from error
+            f"adapter={path} is not a file: give the one that finetune.py --trainable=lora wrote"
+        )
+    with reading(path, "give the file that finetune.py --trainable=lora wrote"):
+        merge_adapter(model, path)
+
+
+def merge_adapter(model, path):
+    """What `load_adapter` does; a file that is not as it should be raises errors of any kind."""
+    with safe_open(path, framework="pt") as file:
+        lora = json.loads((file.metadata() or {}).get("lora", "null"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if not lora or not tensors:
         raise ValueError(
             f"adapter={path} holds no LoRA matrices: "
