@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import gzip
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from itertools import product
@@ -2266,6 +2268,123 @@ def test_a_tuned_model_chats_in_the_template_it_was_tuned_on(long_base, capsys, 
     tune("classify", capsys, out="classes")
     settings = [sample.Settings(out_dir=f"out/{name}") for name in ("small", "tuned", "classes")]
     assert [sample.load_model(s).chat_template for s in settings] == [None, "markers", None]
+
+
+# --------------------------------------------------------------------------------------------------- serve.py
+
+
+def save_run(folder, model, tokenizer, step=7, task=None):
+    """A run as training would have left it, with one more checkpoint."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config = dataclasses.asdict(model.config)
+    state = {"model": model.state_dict(), "model_config": config, "optimizer": []}
+    state |= {"tokenizer": tokenizer.to_dict(), "task": task or {}, "settings": {"block_size": 16}}
+    checkpoint.save(folder, step, state, keep=9)
+
+
+class Running:
+    """A server of serve.py in a thread of its own."""
+
+    def __init__(self, *words):
+        import serve
+
+        settings = configure(
+            serve.Settings, ["--port=0", "--device=cpu", "--dtype=float32", *words]
+        )
+        self.process, listening = serve.start(settings)
+        self.server, self.port = self.process.server, listening.getsockname()[1]
+        self.thread = threading.Thread(target=self.process.run, args=[[listening]], daemon=True)
+        self.thread.start()
+
+    @property
+    def model(self):
+        return self.server.library.served[0].loaded.model
+
+    def client(self, **options):
+        import openai
+
+        address = f"http://127.0.0.1:{self.port}/v1"
+        return openai.OpenAI(
+            **{"base_url": address, "api_key": "none", "max_retries": 0, **options}
+        )
+
+    def ask(self, method, path, body=None, **headers):
+        """(status, headers, content) of one request; content is parsed if it is JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        body = json.dumps(body) if isinstance(body, dict | list) else body
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        is_json = "json" in answer.headers.get("content-type", "")
+        return answer.status, answer.headers, json.loads(content) if is_json else content
+
+    def stop(self):
+        self.server.loop.call_soon_threadsafe(self.server.stop)
+        self.process.should_exit = True
+        self.thread.join(timeout=20)
+        self.server.engine.close()
+
+
+def until(condition, seconds=20):
+    """Wait until condition() holds."""
+    stop_at = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < stop_at, "it never came true"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A server whose out/ holds a base model with two checkpoints, a chat model and a classifier."""
+    pytest.importorskip("uvicorn", reason="serve.py needs starlette and uvicorn")
+    pytest.importorskip("openai")
+    tokenizer = bpe.BPETokenizer.train(TEXT, 300)
+    shape = dict(vocab_size=tokenizer.vocab_size, block_size=64)
+    before, folder = os.getcwd(), tmp_path_factory.mktemp("serve")
+    os.chdir(folder)
+    save_run("out/chat", tiny_model(2, **shape), tokenizer, task={"template": "markers"})
+    labels = {"template": None, "labels": ["ham", "spam"]}
+    save_run("out/classes", tiny_model(3, n_classes=2, **shape), tokenizer, task=labels)
+    save_run("out/base", tiny_model(0, **shape), tokenizer, step=5)
+    save_run("out/base", tiny_model(1, **shape), tokenizer, step=9)
+    server = Running("--out_dir=out/base", "--which=last", "--max_rows=8")
+    yield server
+    server.stop()
+    os.chdir(before)
+
+
+@pytest.fixture
+def client(running):
+    with running.client() as client:
+        yield client
+
+
+def greedy_text(running, prompt, n):
+    """(text, ids) by the model's plain generate."""
+    tokenizer = running.server.library.served[0].loaded.tokenizer
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    new = running.model.generate(idx, n, temperature=0)[0, idx.shape[1] :].tolist()
+    return tokenizer.decode(new), new
+
+
+def test_serve_completes_as_the_model_does_streamed_and_not(running, client):
+    expected, _ = greedy_text(running, "To be", 20)
+    options = dict(model="base", prompt="To be", max_tokens=20, temperature=0)
+    whole = client.completions.create(**options)
+    assert whole.choices[0].text == expected and whole.choices[0].finish_reason == "length"
+    n_prompt = len(running.server.library.served[0].loaded.tokenizer.encode("To be"))
+    used = (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens)
+    assert used == (n_prompt, 20, n_prompt + 20)
+    pieces = list(
+        client.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == expected
+    assert (
+        len(pieces) > 5
+        and pieces[-1].usage == whole.usage
+        and pieces[-2].choices[0].finish_reason == "length"
+    )
 
 
 # ------------------------------------------------------------------------------------------ glass/settings.py

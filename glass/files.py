@@ -43,6 +43,20 @@ def lock(folder, name=None):
     return held
 
 
+def is_locked(folder):
+    """Whether another process holds the folder's lock."""
+    path = Path(folder) / "lock"
+    if not path.exists():
+        return False
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    held.release()
+    return False
+
+
 def write_json(path, content):
     """Replace a file at once: whatever happens, it is the old or the new one, whole."""
     partial = path.with_name(path.name + ".part")
