@@ -242,9 +242,9 @@ class Server:
         """Answer with text: kind is Completion or Chat."""
         fields = Fields(await request.body())
         async with contextlib.AsyncExitStack() as held:
-            name = fields.take("model", str)
+            name = fields.take("model", str, self.library.first[0])
             [served] = await held.enter_async_context(self.using(name))
-            answer = await asyncio.to_thread(kind, fields, served)
+            answer = await asyncio.to_thread(kind, fields, served, name)
             rows = [choice.row for choice in answer.choices]
             heard = held.enter_context(self.growing(served, rows))
             if answer.streams:

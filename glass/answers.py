@@ -46,10 +46,13 @@ class Choice:
 
 
 class Answer:
-    """A request for text and its answer. Raises ApiError for fields that cannot be."""
+    """A request for text from the model `name`, and its answer.
 
-    def __init__(self, fields, served):
-        self.served, self.tokenizer = served, served.loaded.tokenizer
+    Raises ApiError for fields that cannot be.
+    """
+
+    def __init__(self, fields, served, name):
+        self.name, self.tokenizer = name, served.loaded.tokenizer
         self.longest = served.batch.longest
         self.n = fields.take("n", int, 1, 1, MAX_TEXTS)
         self.streams = fields.take("stream", bool, False)
@@ -118,7 +121,7 @@ class Answer:
             "id": f"{self.prefix}-{self.id}",
             "object": kind,
             "created": self.created,
-            "model": self.served.name,
+            "model": self.name,
             "system_fingerprint": None,
         }
 
@@ -142,8 +145,8 @@ class Completion(Answer):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, fields, served):
-        super().__init__(fields, served)
+    def __init__(self, fields, served, name):
+        super().__init__(fields, served, name)
         n_ids = min(self.tokenizer.vocab_size, served.loaded.model.config.vocab_size)
         prompts = fields.take_prompts(n_ids)
         self.echo = fields.take("echo", bool, False)
@@ -190,8 +193,8 @@ class Chat(Answer):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, fields, served):
-        super().__init__(fields, served)
+    def __init__(self, fields, served, name):
+        super().__init__(fields, served, name)
         messages = fields.take_messages()
         max_tokens = fields.take("max_tokens", int, None, 1)
         max_tokens = fields.take("max_completion_tokens", int, max_tokens, 1)
