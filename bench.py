@@ -14,6 +14,7 @@ PROGRAMS = {  # the name of a file in bench/, and what it measures
     "train": "a training step: time, tokens/s, FLOP/s, memory, start-up; beside nanoGPT",
     "recipe": "validation loss against wall-clock, of several configs in one picture",
     "generate": "generated tokens/s against the memory bandwidth; beside transformers or nanoGPT",
+    "serve": "serve.py under several clients: tokens/s, time to the first token and between tokens",
     "tokenizers": "training and encoding, beside tokenizers, rustbpe and tiktoken",
     "prepare": "prepare.py with several workers, beside tiktoken on one thread",
     "faults": "kill -9 at random moments, resume, and compare the weights to the bit",
