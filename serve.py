@@ -22,17 +22,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bpe import END_OF_TEXT, PAD
-from glass import checkpoint
 from glass.answers import MAX_TEXTS, Chat, Completion, known_or_422
 from glass.batch import Failed, Made
 from glass.engine import Engine
-from glass.files import is_locked
 from glass.generate import speed_up
 from glass.guard import LOOPBACK, ApiError, Guard
-from glass.library import Library, published_source, run_folders, run_sources
+from glass.library import Library, describe_runs, first_source
 from glass.loading import ModelSettings, check_classifies, classify, load_model
 from glass.openai_json import Fields, check_ids, check_text, wrong
-from glass.progress import read_metrics
 from glass.settings import HOME, configure, errors_in_one_line
 from model import require
 
@@ -54,7 +51,6 @@ with errors_in_one_line():
             "pip install starlette uvicorn"
         ) from error
 
-MAX_RUNS, MAX_METRICS = 100, 500  # that GET /runs describes; lines of metrics of each
 GRACE = 5.0  # seconds that running answers have when the server stops
 STOPPING = "the server stops: ask again later"
 
@@ -87,18 +83,6 @@ class Settings(ModelSettings):
 
 
 # The models.
-
-
-def first_source(settings):
-    """(name, Source) of the model that the settings name."""
-    s = settings
-    folder = (s.out_dir or checkpoint.newest_run()) if s.init_from == "resume" else s.init_from
-    name = Path(folder).resolve().name if Path(folder).is_dir() else str(folder)
-    if s.init_from == "resume" or checkpoint.saved_steps(folder):
-        if not checkpoint.saved_steps(folder):
-            checkpoint.load(folder)  # says what is missing
-        return name, run_sources(name, folder, s.which)[name]
-    return name, published_source(folder)
 
 
 def make_loader(settings, first):
@@ -440,35 +424,6 @@ async def server_sent_events(answer, heard):
 def event_line(document):
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n"
-
-
-def describe_runs(root):
-    """What is known of the newest runs: a list of dicts, the newest first."""
-    folders = sorted(run_folders(root).items(), key=lambda item: changed_at(item[1]), reverse=True)
-    return [describe_run(name, folder) for name, folder in folders[:MAX_RUNS]]
-
-
-def changed_at(folder):
-    """When the folder's newest checkpoint was written, in seconds since 1970."""
-    steps = checkpoint.saved_steps(folder)
-    path = checkpoint.checkpoint_path(folder, steps[-1]) if steps else folder
-    return path.stat().st_mtime if path.exists() else 0.0
-
-
-def describe_run(name, folder):
-    """A run's checkpoints, settings and metrics, as JSON."""
-    config, metrics = folder / "config.json", folder / "metrics.jsonl"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    rows = read_metrics(metrics) if metrics.is_file() else []
-    every = -(-len(rows) // MAX_METRICS) or 1  # the last row is among those that are kept
-    return {
-        "name": name,
-        "steps": checkpoint.saved_steps(folder),
-        "has_best": (folder / "best.pt").exists(),
-        "is_training": is_locked(folder),
-        "settings": settings,
-        "metrics": rows[::-1][::every][::-1],
-    }
 
 
 def log(text):

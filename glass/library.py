@@ -5,6 +5,7 @@ A name in a request is looked up in a list of what is there. It is never a path.
 
 import asyncio
 import contextlib
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,12 @@ from pathlib import Path
 from glass import checkpoint
 from glass.batch import Batch
 from glass.device import free_memory
+from glass.files import is_locked
 from glass.loading import Loaded
+from glass.progress import read_metrics
 
 MAX_LOADED = 2  # models in memory at once, so that two can be compared
+MAX_RUNS, MAX_METRICS = 100, 500  # runs that are described; lines of metrics of each
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,18 @@ def published_source(folder):
     stats = [path.stat() for path in files]
     changed_at = max((stat.st_mtime for stat in stats), default=0.0)
     return Source(str(folder), "best", changed_at, sum(s.st_size for s in stats), is_run=False)
+
+
+def first_source(settings):
+    """(name, Source) of the model that the settings name."""
+    s = settings
+    folder = (s.out_dir or checkpoint.newest_run()) if s.init_from == "resume" else s.init_from
+    name = Path(folder).resolve().name if Path(folder).is_dir() else str(folder)
+    if s.init_from == "resume" or checkpoint.saved_steps(folder):
+        if not checkpoint.saved_steps(folder):
+            checkpoint.load(folder)  # says what is missing
+        return name, run_sources(name, folder, s.which)[name]
+    return name, published_source(folder)
 
 
 class Library:
@@ -186,3 +202,36 @@ class Library:
         oldest = min(idle, key=lambda served: served.used_at)
         self.served.remove(oldest)
         await asyncio.wrap_future(self.engine.forget(oldest.batch))
+
+
+# What the page shows of runs.
+
+
+def describe_runs(root):
+    """What is known of the newest runs: a list of dicts, the newest first."""
+    folders = sorted(run_folders(root).items(), key=lambda item: changed_at(item[1]), reverse=True)
+    return [describe_run(name, folder) for name, folder in folders[:MAX_RUNS]]
+
+
+def changed_at(folder):
+    """When the folder's newest checkpoint was written, in seconds since 1970."""
+    steps = checkpoint.saved_steps(folder)
+    path = checkpoint.checkpoint_path(folder, steps[-1]) if steps else folder
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def describe_run(name, folder):
+    """A run's checkpoints, settings and metrics, as JSON."""
+    metrics, settings = folder / "metrics.jsonl", {}
+    with contextlib.suppress(OSError, ValueError):  # not there, or not as training writes it
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    every = -(-len(rows) // MAX_METRICS) or 1  # the last row is among those that are kept
+    return {
+        "name": name,
+        "steps": checkpoint.saved_steps(folder),
+        "has_best": (folder / "best.pt").exists(),
+        "is_training": is_locked(folder),
+        "settings": settings,
+        "metrics": rows[::-1][::every][::-1],
+    }
