@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -2302,6 +2303,9 @@ class Running:
     def loaded(self, name="base"):
         """The Loaded model of that name, put into memory if it is not there."""
         self.ask("POST", "/v1/completions", {"model": name, "prompt": "a", "max_tokens": 1})
+        return self.loaded_now(name)
+
+    def loaded_now(self, name):
         return self.server.library.find(self.server.library.sources()[name]).loaded
 
     def client(self, **options):
@@ -2891,6 +2895,47 @@ def test_serve_describes_runs_for_the_page(running):
         assert base["is_training"] is True
     finally:
         held.release()
+
+
+def test_serve_traces_on_the_models_thread(running, monkeypatch):
+    import glass
+
+    monkeypatch.delattr(glass, "trace", raising=False)
+    monkeypatch.setitem(sys.modules, "glass.trace", None)
+    status, _, answer = running.ask("POST", "/trace", {"model": "base"})
+    assert status == 404 and "glass/trace.py" in answer["error"]["message"]
+
+    def respond(loaded, request, other=None):
+        if request.get("bad"):
+            raise ValueError("bad=1 must be 0")
+        names = [threading.current_thread().name, loaded is running.loaded_now("base")]
+        return {"request": request, "names": names, "differs": other is not loaded}
+
+    monkeypatch.setitem(sys.modules, "glass.trace", types.SimpleNamespace(respond=respond))
+    body = {"model": "base", "other": "base@5", "text": "a"}
+    status, _, answer = running.ask("POST", "/trace", body)
+    assert answer == {"request": body, "names": ["engine", True], "differs": True}
+    assert running.ask("POST", "/trace", {"model": "base", "bad": 1})[0] == 400
+    assert running.ask("POST", "/trace", {"model": "base", "other": "nobody"})[0] == 404
+
+
+def test_serve_gives_the_page_a_policy_with_a_nonce(running, monkeypatch, tmp_path):
+    import serve
+
+    monkeypatch.setattr(serve, "HOME", tmp_path)
+    assert running.ask("GET", "/")[2] == b"glassGPT serves OpenAI's API under /v1\n"
+    (tmp_path / "glass").mkdir()
+    (tmp_path / "glass/page.html").write_text(
+        '<script nonce="{{nonce}}">é</script>', encoding="utf-8"
+    )
+    nonces = set()
+    for _ in range(2):
+        status, headers, content = running.ask("GET", "/")
+        nonce = re.fullmatch('<script nonce="([^"]+)">é</script>', content.decode())[1]
+        assert f"script-src 'self' 'nonce-{nonce}'" in headers["content-security-policy"]
+        assert headers["content-security-policy"].startswith("default-src 'self'")
+        nonces.add(nonce)
+    assert len(nonces) == 2
 
 
 @needs_unix
