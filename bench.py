@@ -16,6 +16,7 @@ PROGRAMS = {  # the name of a file in bench/, and what it measures
     "evaluate": "items of multiple choice per second, beside lm-evaluation-harness",
     "generate": "generated tokens/s against the memory bandwidth; beside transformers or nanoGPT",
     "trace": "looking into a model: each part of a trace of 256 tokens",
+    "serve": "serve.py under several clients: tokens/s, time to the first token and between tokens",
     "tokenizers": "training and encoding, beside tokenizers, rustbpe and tiktoken",
     "prepare": "prepare.py with several workers, beside tiktoken on one thread",
     "faults": "kill -9 at random moments, resume, and compare the weights to the bit",

@@ -8,6 +8,7 @@ import errno
 import gzip
 import hashlib
 import html.parser
+import http.client
 import json
 import math
 import os
@@ -17,8 +18,11 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -39,6 +43,7 @@ import prepare
 import sample
 import train
 from glass import (
+    batch,
     chat,
     checkpoint,
     contamination,
@@ -59,6 +64,7 @@ from glass import (
     weights,
 )
 from glass.device import Processes, autocast
+from glass.loading import Drawing
 from glass.settings import configure, errors_in_one_line
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies, rope_rotation
 
@@ -3087,6 +3093,724 @@ def test_the_core_imports_nothing_that_looks_at_it():
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(alias.name for alias in node.names)]
             assert not lookers & {part for name in names for part in name.split(".")}, name
+# --------------------------------------------------------------------------------------------------- serve.py
+
+
+def save_run(folder, model, tokenizer, step=7, task=None):
+    """A run as training would have left it, with one more checkpoint."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config = dataclasses.asdict(model.config)
+    state = {"model": model.state_dict(), "model_config": config, "optimizer": []}
+    state |= {"tokenizer": tokenizer.to_dict(), "task": task or {}, "settings": {"block_size": 16}}
+    checkpoint.save(folder, step, state, keep=9)
+
+
+class Running:
+    """A server of serve.py in a thread of its own."""
+
+    def __init__(self, *words):
+        import serve
+
+        settings = configure(
+            serve.Settings, ["--port=0", "--device=cpu", "--dtype=float32", *words]
+        )
+        self.process, listening = serve.start(settings)
+        self.server, self.port = self.process.server, listening.getsockname()[1]
+        self.thread = threading.Thread(target=self.process.run, args=[[listening]], daemon=True)
+        self.thread.start()
+
+    def loaded(self, name="base"):
+        """The Loaded model of that name, put into memory if it is not there."""
+        self.ask("POST", "/v1/completions", {"model": name, "prompt": "a", "max_tokens": 1})
+        return self.loaded_now(name)
+
+    def loaded_now(self, name):
+        return self.server.library.find(self.server.library.sources()[name]).loaded
+
+    def client(self, **options):
+        import openai
+
+        address = f"http://127.0.0.1:{self.port}/v1"
+        return openai.OpenAI(
+            **{"base_url": address, "api_key": "none", "max_retries": 0, **options}
+        )
+
+    def ask(self, method, path, body=None, **headers):
+        """(status, headers, content) of one request; content is parsed if it is JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        body = json.dumps(body) if isinstance(body, dict | list) else body
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        is_json = "json" in answer.headers.get("content-type", "")
+        return answer.status, answer.headers, json.loads(content) if is_json else content
+
+    def stop(self):
+        self.server.loop.call_soon_threadsafe(self.server.stop)
+        self.process.should_exit = True
+        self.thread.join(timeout=20)
+        self.server.engine.close()
+
+
+def until(condition, seconds=20):
+    """Wait until condition() holds."""
+    stop_at = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < stop_at, "it never came true"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A server whose out/ holds a base model with two checkpoints, a chat model and a classifier."""
+    pytest.importorskip("uvicorn", reason="serve.py needs starlette and uvicorn")
+    pytest.importorskip("openai")
+    tokenizer = bpe.BPETokenizer.train(TEXT, 300)
+    shape = dict(vocab_size=tokenizer.vocab_size, block_size=64)
+    before, folder = os.getcwd(), tmp_path_factory.mktemp("serve")
+    os.chdir(folder)
+    save_run("out/chat", tiny_model(2, **shape), tokenizer, task={"template": "markers"})
+    labels = {"template": None, "labels": ["ham", "spam"]}
+    save_run("out/classes", tiny_model(3, n_classes=2, **shape), tokenizer, task=labels)
+    save_run("out/base", tiny_model(0, **shape), tokenizer, step=5)
+    save_run("out/base", tiny_model(1, **shape), tokenizer, step=9)
+    server = Running("--out_dir=out/base", "--which=last", "--max_rows=8")
+    yield server
+    server.stop()
+    os.chdir(before)
+
+
+@pytest.fixture
+def client(running):
+    with running.client() as client:
+        yield client
+
+
+def greedy_text(running, prompt, n):
+    """(text, ids) by the model's plain generate."""
+    tokenizer = running.loaded().tokenizer
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    new = running.loaded().model.generate(idx, n, temperature=0)[0, idx.shape[1] :].tolist()
+    return tokenizer.decode(new), new
+
+
+def test_serve_completes_as_the_model_does_streamed_and_not(running, client):
+    expected, _ = greedy_text(running, "To be", 20)
+    options = dict(model="base", prompt="To be", max_tokens=20, temperature=0)
+    whole = client.completions.create(**options)
+    assert whole.choices[0].text == expected and whole.choices[0].finish_reason == "length"
+    n_prompt = len(running.loaded().tokenizer.encode("To be"))
+    used = (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens)
+    assert used == (n_prompt, 20, n_prompt + 20)
+    pieces = list(
+        client.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == expected
+    assert (
+        len(pieces) > 5
+        and pieces[-1].usage == whole.usage
+        and pieces[-2].choices[0].finish_reason == "length"
+    )
+
+
+def test_serve_draws_the_text_of_sample_with_the_same_seed(running, client):
+    loaded = running.loaded()
+    options = dict(temperature=0.9, top_k=20, top_p=0.8, min_p=0.01, repetition_penalty=1.3)
+    extra = {name: options[name] for name in ("top_k", "min_p", "repetition_penalty")}
+    asked = dict(model="base", prompt="or not", max_tokens=15, temperature=0.9, top_p=0.8)
+    made = client.completions.create(**asked, seed=3, n=2, extra_body=extra)
+    idx = torch.tensor([loaded.tokenizer.encode("or not")])
+    for choice in made.choices:  # the second text is drawn with the next seed
+        options["generator"] = torch.Generator().manual_seed(3 + choice.index)
+        new = generate.generate(loaded.model, idx, 15, **options)[0, idx.shape[1] :].tolist()
+        ends = [place for place, token in enumerate(new) if token in loaded.ends]
+        assert choice.text == loaded.tokenizer.decode(new[: ends[0]] if ends else new)
+    texts = [client.completions.create(**asked).choices[0].text for _ in range(2)]
+    assert texts[0] != texts[1]  # without a seed
+
+
+def test_serve_takes_prompts_as_texts_and_ids_and_stops_at_strings(running, client):
+    tokenizer = running.loaded().tokenizer
+    prompts = ["To be", "that is", "question"]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    expected = [greedy_text(running, prompt, 12)[0] for prompt in prompts]
+    for prompt in (prompts, ids):
+        made = client.completions.create(model="base", prompt=prompt, max_tokens=12, temperature=0)
+        assert [choice.text for choice in made.choices] == expected
+        assert [choice.index for choice in made.choices] == [0, 1, 2]
+    one = client.completions.create(model="base", prompt=ids[1], max_tokens=12, temperature=0)
+    assert one.choices[0].text == expected[1]
+    stop = expected[0][5:8]
+    options = dict(model="base", prompt="To be", max_tokens=12, temperature=0, stop=["@@", stop])
+    made = client.completions.create(**options).choices[0]
+    assert made.text == expected[0][: expected[0].index(stop)] and made.finish_reason == "stop"
+    pieces = client.completions.create(**options, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == made.text
+
+
+def test_serve_ends_a_text_at_the_block_and_names_both_numbers(running, client):
+    import openai
+
+    made = client.completions.create(model="base", prompt=[5] * 60, max_tokens=50)
+    assert made.choices[0].finish_reason == "length" and made.usage.completion_tokens == 4
+    with pytest.raises(openai.BadRequestError, match="65 tokens .* 64") as error:
+        client.completions.create(model="base", prompt=[5] * 65)
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="64 tokens"):
+        client.completions.create(model="base", prompt=[5] * 64)
+    scored = client.completions.create(
+        model="base", prompt=[5] * 64, echo=True, logprobs=0, max_tokens=0
+    )
+    assert len(scored.choices[0].logprobs.tokens) == 64
+
+
+def test_serve_scores_lists_of_ids_as_the_model_does(running, client):
+    """As lm-evaluation-harness asks: echo, logprobs=1, max_tokens=1, prompts of several lengths."""
+    torch.manual_seed(0)
+    prompts = [torch.randint(0, 256, (n,)).tolist() for n in (2, 63, 17, 17, 1, 40)]
+    best_after = running.loaded().model(torch.tensor([prompts[1]]))[0][0].argmax(-1)
+    prompts[1][5] = int(best_after[4])  # at least one token is the likeliest
+    made = client.completions.create(
+        model="base", prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1
+    )
+    n_greedy = 0
+    for ids, choice in zip(prompts, made.choices, strict=True):
+        logprobs = (
+            running.loaded().model(torch.tensor([ids]))[0][0].detach().log_softmax(-1)
+        )  # (T, V)
+        expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        found = choice.logprobs
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert len(found.token_logprobs) == len(ids) + 1
+        # sums in another order than in one full pass
+        assert found.token_logprobs[1:-1] == pytest.approx(expected, abs=1e-5)
+        assert found.token_logprobs[-1] == pytest.approx(float(logprobs[-1].max()), abs=1e-5)
+        is_likeliest = [
+            a == max(top.values())
+            for a, top in zip(found.token_logprobs[1:], found.top_logprobs[1:], strict=True)
+        ]
+        assert is_likeliest[:-1] == (logprobs[:-1].argmax(-1) == torch.tensor(ids[1:])).tolist()
+        n_greedy += sum(is_likeliest[:-1])
+    assert n_greedy >= 1
+
+
+def test_serve_names_tokens_and_their_places(running, client):
+    tokenizer = running.loaded().tokenizer
+    prompt = "be é or"  # é is two tokens here
+    made = client.completions.create(
+        model="base", prompt=prompt, echo=True, logprobs=3, max_tokens=0
+    )
+    found = made.choices[0].logprobs
+    assert made.choices[0].text == prompt and made.usage.completion_tokens == 0
+    assert [len(top) in (3, 4) for top in found.top_logprobs[1:]] == [True] * (
+        len(found.tokens) - 1
+    )
+    assert "bytes:\\xc3" in found.tokens and "bytes:\\xa9" in found.tokens
+    for token, place in zip(found.tokens, found.text_offset, strict=True):
+        assert token.startswith("bytes:") or prompt[place:].startswith(token)
+    assert len(tokenizer.encode(prompt)) == len(found.tokens)
+
+
+def test_serve_chats_in_the_models_own_template(running, client):
+    messages = [
+        {
+            "role": "system",
+            "content": [{"type": "text", "text": "To "}, {"type": "text", "text": "be"}],
+        },
+        {"role": "user", "content": "or not"},
+    ]
+    options = dict(model="chat", messages=messages, max_completion_tokens=12, temperature=0)
+    made = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    loaded = running.loaded("chat")
+    texts = [{**messages[0], "content": "To be"}, messages[1]]
+    ids = chat.encode_chat(loaded.tokenizer, texts, "markers", reply=True)[0]
+    new = loaded.model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
+    ends = [i for i, token in enumerate(new) if token in loaded.ends]
+    text = loaded.tokenizer.decode(new[: ends[0]] if ends else new)
+    choice = made.choices[0]
+    assert choice.message.content == text and choice.message.role == "assistant"
+    assert made.usage.prompt_tokens == len(ids)
+    assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [
+        2
+    ] * made.usage.completion_tokens
+    logits = loaded.model(torch.tensor([ids]))[0][0, -1]
+    first = choice.logprobs.content[0]
+    assert first.logprob == pytest.approx(float(logits.detach().log_softmax(-1).max()), abs=1e-5)
+    assert first.logprob == first.top_logprobs[0].logprob
+    pieces = list(client.chat.completions.create(**options, n=2, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    for index in (0, 1):
+        parts = [c for piece in pieces for c in piece.choices if c.index == index]
+        assert "".join(part.delta.content or "" for part in parts) == text
+        assert parts[-1].finish_reason == choice.finish_reason
+
+
+def test_serve_continues_the_text_of_a_chat_with_a_base_model(running, client):
+    made = client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "To be"}], max_tokens=9, temperature=0
+    )
+    assert made.choices[0].message.content == greedy_text(running, "To be", 9)[0]
+
+
+def test_serve_sends_a_character_that_is_cut_across_chunks_whole(running, client, monkeypatch):
+    planned = running.loaded().tokenizer.encode("é✓🙂 be é")
+    assert len(planned) > 10  # each of the characters is several tokens
+    coming = iter(planned)
+    monkeypatch.setattr(batch, "sample", lambda logits, **how: torch.tensor([next(coming)]))
+    options = dict(model="base", max_tokens=len(planned), stream=True)
+    texts = [piece.choices[0].text for piece in client.completions.create(prompt="a", **options)]
+    assert "".join(texts) == "é✓🙂 be é" and not any("\ufffd" in text for text in texts)
+    coming = iter(planned)
+    messages = [{"role": "user", "content": "a"}]
+    pieces = client.chat.completions.create(messages=messages, **options)
+    texts = [piece.choices[0].delta.content or "" for piece in pieces]
+    assert "".join(texts) == "é✓🙂 be é" and not any("\ufffd" in text for text in texts)
+
+
+def test_serve_lists_models_and_loads_the_one_that_is_named(running, client):
+    import openai
+
+    names = {model.id for model in client.models.list()}
+    assert names == {"base", "base@5", "base@9", "chat", "chat@7", "classes", "classes@7"}
+    assert client.models.retrieve("base@5").id == "base@5"
+    texts = {}
+    for name in ("base@5", "base@9", "chat", "base"):
+        made = client.completions.create(model=name, prompt="To be", max_tokens=9, temperature=0)
+        texts[name] = made.choices[0].text
+        assert made.model == name and len(running.server.library.served) <= 2
+    assert texts["base@5"] != texts["base@9"] == texts["base"] != texts["chat"]
+    paths = ["out/base", "/etc/passwd", "../base", "base@6", "base@../5", "", "a\0b", "x" * 5000]
+    for name in paths:
+        with pytest.raises(openai.NotFoundError) as error:
+            client.completions.create(model=name, prompt="a")
+        assert len(str(error.value)) < 500
+    assert running.ask("GET", "/v1/models/..%2Fbase")[0] == 404
+    made = running.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1})[2]
+    assert made["model"] == "base"  # where no model is named
+
+
+def test_serve_says_that_a_model_does_not_fit_into_memory(running, client, monkeypatch):
+    import openai
+
+    from glass import library
+
+    client.completions.create(model="base", prompt="a")
+    monkeypatch.setattr(library, "free_memory", lambda device: 1 << 10)
+    with pytest.raises(openai.InternalServerError, match="classes needs about .* MiB") as error:
+        client.completions.create(model="classes", prompt="a")
+    assert error.value.status_code == 503
+    monkeypatch.undo()
+    assert client.completions.create(model="base", prompt="a").model == "base"
+
+
+def test_serve_loads_a_model_only_when_the_others_answers_have_ended(running, client):
+    client.completions.create(model="chat", prompt="a")
+    client.completions.create(model="base", prompt="a")
+    streams = [
+        client.completions.create(model=name, prompt="a", max_tokens=60, temperature=0, stream=True)
+        for name in ("base", "chat")
+    ]
+    made = client.completions.create(model="classes", prompt="a", max_tokens=2)
+    assert made.model == "classes"
+    for stream in streams:
+        assert list(stream)[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def test_serve_names_classes(running):
+    status, _, answer = running.ask(
+        "POST", "/v1/classify", {"model": "classes", "input": ["To be", "or not to be"]}
+    )
+    assert status == 200 and [row["index"] for row in answer["data"]] == [0, 1]
+    loaded = running.loaded("classes")
+    ids, _ = chat.encode_for_class(loaded.tokenizer, "To be", 16)
+    idx, lengths = torch.tensor([ids]), torch.tensor([len(ids)])
+    expected = loaded.model.classify(idx, lengths)[0].softmax(-1).tolist()
+    assert answer["data"][0]["probs"] == pytest.approx(expected, abs=1e-6)
+    assert answer["data"][0]["label"] == ["ham", "spam"][expected.index(max(expected))]
+    status, _, answer = running.ask("POST", "/v1/classify", {"model": "base", "input": "To be"})
+    assert status == 422 and "--task=classify" in answer["error"]["message"]
+    assert running.ask("POST", "/v1/classify", {"model": "classes", "input": " "})[0] == 400
+
+
+def test_serve_has_the_tokenizer_that_lm_evaluation_harness_asks_for(running):
+    tokenizer = running.loaded().tokenizer
+    info = running.ask("GET", "/tokenizer_info?model=base")[2]
+    assert info["eos_token"] == bpe.END_OF_TEXT and info["bos_token"] is None
+    assert info["model_max_length"] == 64
+    body = {"prompt": bpe.END_OF_TEXT, "add_special_tokens": False}
+    end = running.ask("POST", "/tokenize", body)[2]
+    assert end["tokens"] == [tokenizer.special_tokens[bpe.END_OF_TEXT]]
+    ids = running.ask("POST", "/tokenize", {"prompt": "To be, é"})[2]["tokens"]
+    assert ids == tokenizer.encode("To be, é")
+    assert running.ask("POST", "/detokenize", {"tokens": ids})[2] == {"prompt": "To be, é"}
+    assert running.ask("POST", "/detokenize", {"tokens": [10**9]})[0] == 400
+
+
+def test_serve_answers_32_requests_at_once_as_each_alone(running):
+    rng = np.random.default_rng(0)
+    requests = []
+    for i in range(32):
+        prompt = rng.integers(0, 256, rng.integers(1, 50)).tolist()
+        n_new, temperature = int(rng.integers(1, 40)), float(i % 2)
+        requests.append(dict(prompt=prompt, max_tokens=n_new, seed=i, temperature=temperature))
+
+    def answer(request):
+        return running.ask("POST", "/v1/completions", {"model": "base", **request})[2]["choices"][0]
+
+    alone = list(map(answer, requests))
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(answer, requests))
+    assert alone == together
+    until(lambda: running.server.n_rows == 0)
+
+
+def test_a_long_prompt_does_not_stall_the_others_for_more_than_a_piece(running, monkeypatch):
+    monkeypatch.setattr(batch, "PIECE", 8)
+    rows, loaded = [], running.loaded()
+    for n in (3, 60):
+        text = generate.TextStream(loaded.tokenizer, [])
+        drawing = Drawing(temperature=0.0)
+        rows.append(batch.Row(list(range(n)), 4 if n == 60 else 40, drawing, text))
+    own = batch.Batch(loaded, 4)
+    own.waiting.append(rows[0])
+    events = [event for _ in range(2) for events in own.advance() for event in events]
+    assert len(events) == 3
+    own.waiting.append(rows[1])
+    widths = []
+    hidden = loaded.model.hidden
+    monkeypatch.setattr(
+        loaded.model, "hidden", lambda idx, cache: (widths.append(idx.shape), hidden(idx, cache))[1]
+    )
+    while own.has_work:
+        list(own.advance())
+    pieces = [width for width in widths if width[1] > 1]
+    assert pieces == [(1, 8)] * 7 + [(1, 4)]
+    first = widths.index((1, 8))
+    assert widths[first : first + 16 : 2] == pieces  # a token of the other row after each piece
+
+
+def test_a_client_that_goes_away_frees_its_row(running, client):
+    stream = client.completions.create(
+        model="base", prompt="a", n=4, max_tokens=60, temperature=0, stream=True
+    )
+    next(iter(stream))
+    slow = threading.Event()
+    running.server.engine.call(lambda: slow.wait(5))  # the rows cannot end by themselves meanwhile
+    assert running.server.n_rows == 4
+    stream.close()
+    until(lambda: running.server.n_rows == 0)
+    slow.set()
+    running.server.engine.call(lambda: None).result()
+    running.server.engine.call(lambda: None).result()
+    assert not any(served.batch.rows for served in running.server.library.served)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port)  # the same without a stream
+    body = {"model": "base", "prompt": "a", "max_tokens": 60, "n": 8}
+    slow.clear()
+    running.server.engine.call(lambda: slow.wait(5))
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    until(lambda: running.server.n_rows == 8)
+    connection.close()
+    until(lambda: running.server.n_rows == 0)
+    slow.set()
+
+
+def test_serve_goes_on_where_a_step_fails(running, client, monkeypatch):
+    import openai
+
+    def fail(ids, cache):
+        raise RuntimeError("out of memory")
+
+    options = dict(model="base", prompt="a", max_tokens=9, temperature=0)
+    expected = client.completions.create(**options).choices[0].text
+    monkeypatch.setattr(running.loaded().model, "decode", fail)
+    with pytest.raises(openai.InternalServerError, match="the model failed") as error:
+        client.completions.create(**options)
+    assert error.value.status_code == 503
+    with pytest.raises(openai.APIError, match="the model failed"):
+        list(client.completions.create(**options, stream=True))
+    monkeypatch.undo()
+    assert client.completions.create(**options).choices[0].text == expected
+    assert running.server.n_rows == 0
+
+
+GOOD = {"model": "base", "prompt": "a", "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("completions", "{", 400, "not JSON"),
+        ("completions", "[" * 100_000, 400, "not JSON"),
+        ("completions", "[1]", 400, "is a list"),
+        ("completions", b"\xff\xfe", 400, "not JSON"),
+        ("completions", '{"prompt": "a", "temperature": NaN}', 400, "not JSON"),
+        ("completions", {**GOOD, "prompt": "\ud800"}, 400, "surrogate"),
+        ("completions", {"model": "base"}, 400, "prompt=null"),
+        ("completions", {**GOOD, "prompt": []}, 400, "prompt"),
+        ("completions", {**GOOD, "prompt": [[]]}, 400, "ids from 0 to"),
+        ("completions", {**GOOD, "prompt": [-1]}, 400, "ids from 0 to"),
+        ("completions", {**GOOD, "prompt": [10**30]}, 400, "ids from 0 to"),
+        ("completions", {**GOOD, "prompt": [True]}, 400, "prompt"),
+        ("completions", {**GOOD, "prompt": {"a": 1}}, 400, "prompt"),
+        ("completions", {**GOOD, "model": 3}, 400, "model=3 must be a str"),
+        ("completions", {**GOOD, "max_tokens": -1}, 400, "max_tokens=-1"),
+        ("completions", {**GOOD, "max_tokens": 1.5}, 400, "max_tokens=1.5"),
+        ("completions", {**GOOD, "temperature": -1}, 400, "temperature=-1"),
+        ("completions", {**GOOD, "temperature": 1e-9}, 400, "temperature"),
+        ("completions", {**GOOD, "temperature": "hot"}, 400, "temperature"),
+        ("completions", {**GOOD, "top_p": 2}, 400, "top_p=2"),
+        ("completions", {**GOOD, "n": 0}, 400, "n=0"),
+        ("completions", {**GOOD, "n": 129}, 400, "n=129"),
+        ("completions", {**GOOD, "prompt": ["a"] * 65, "n": 2}, 400, "at most 128"),
+        ("completions", {**GOOD, "stop": [""]}, 400, "stop"),
+        ("completions", {**GOOD, "stop": 3}, 400, "stop"),
+        ("completions", {**GOOD, "logprobs": 21}, 400, "logprobs=21"),
+        ("completions", {**GOOD, "max_token": 5}, 400, "did you mean max_tokens"),
+        (
+            "completions",
+            {**GOOD, "presence_penalty": 0.5},
+            400,
+            "presence_penalty is not supported",
+        ),
+        ("completions", {**GOOD, "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ("completions", {**GOOD, "prompt": "a" * 100_000}, 400, "100000 characters"),
+        ("chat/completions", {"model": "base"}, 400, "messages"),
+        ("chat/completions", {"model": "base", "messages": [3]}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, 400, "role"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "content"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "type text",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            400,
+            "tools",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            400,
+            "logprobs",
+        ),
+        (
+            "chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "response_format": {"type": "json_object"},
+            },
+            400,
+            "response_format",
+        ),
+        ("classify", {"model": "classes", "input": []}, 400, "input"),
+        ("nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_serve_refuses_what_cannot_be_in_openais_form(running, path, body, status, says):
+    body = json.dumps(body) if isinstance(body, dict) else body
+    found, headers, answer = running.ask("POST", f"/v1/{path}", body)
+    error = answer["error"]
+    assert found == status and says in error["message"] and "\n" not in error["message"], answer
+    assert error.keys() == {"message", "type", "param", "code"} and len(error["message"]) < 400
+
+
+def test_serve_takes_what_changes_nothing(running, client):
+    made = client.chat.completions.create(
+        model="base",
+        messages=[{"role": "user", "content": "a", "name": "me"}],
+        max_tokens=1,
+        user="me",
+        metadata={"a": "b"},
+        tools=[],
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        logit_bias={},
+        response_format={"type": "text"},
+        tool_choice="none",
+        store=False,
+        extra_body={"top_k": -1, "min_p": 0, "best_of": None},
+    )
+    assert made.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:8000"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "localhost"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Host": "localhost:7", "Origin": "http://localhost:7"}, 200),
+    ],
+)
+def test_serve_talks_to_no_page_of_another_origin(running, headers, status):
+    for path in ("/health", "/v1/models"):
+        assert running.ask("GET", path, **headers)[0] == status
+
+
+def test_serve_refuses_a_body_that_is_too_large(running):
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = 100 << 20
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Length", str(size))
+    connection.endheaders()
+    piece = b" " * (1 << 20)
+    for _ in range(size // len(piece)):
+        connection.send(piece)
+    answer = connection.getresponse()
+    error = json.loads(answer.read())["error"]
+    assert answer.status == 413 and "8388608 bytes" in error["message"]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert grown < 40 << 20  # it was not kept
+
+
+def test_serve_asks_for_the_key(running, tmp_path):
+    import openai
+
+    os.chdir(running.server.library.root)
+    locked = Running(
+        "--out_dir=out/base", "--api_key=sesame", "--max_queue=2", "--allow_host", "my.example"
+    )
+    try:
+        assert locked.ask("GET", "/v1/models", Host="my.example")[0] == 401
+        assert locked.ask("GET", "/v1/models", Authorization="Bearer sesam")[0] == 401
+        assert locked.ask("GET", "/v1/models", Authorization="Bearer sesamé".encode())[0] == 401
+        assert locked.ask("GET", "/v1/models", Authorization="Bearer sesame")[0] == 200
+        assert locked.ask("GET", "/health")[0] == locked.ask("GET", "/")[0] == 200
+        with pytest.raises(openai.AuthenticationError):
+            locked.client().completions.create(model="base", prompt="a")
+        made = locked.client(api_key="sesame").completions.create(
+            model="base", prompt="a", max_tokens=2
+        )
+        assert made.usage.completion_tokens == 2
+        with pytest.raises(openai.RateLimitError, match="max_queue=2"):
+            locked.client(api_key="sesame").completions.create(model="base", prompt="a", n=3)
+    finally:
+        locked.stop()
+
+
+def test_serve_describes_runs_for_the_page(running):
+    Path(running.server.library.root, "out/base/metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 1502))
+    )
+    [base] = [run for run in running.ask("GET", "/runs")[2]["runs"] if run["name"] == "base"]
+    assert base["steps"] == [5, 9] and base["is_training"] is False and base["has_best"] is False
+    steps = [line["step"] for line in base["metrics"]]
+    assert len(steps) <= 500 and steps[-1] == 1501 and steps == sorted(steps)
+    held = files.lock(Path(running.server.library.root, "out/base"))
+    try:
+        [base] = [run for run in running.ask("GET", "/runs")[2]["runs"] if run["name"] == "base"]
+        assert base["is_training"] is True
+    finally:
+        held.release()
+
+
+def test_serve_traces_on_the_models_thread(running, monkeypatch):
+    import glass
+
+    monkeypatch.delattr(glass, "trace", raising=False)
+    monkeypatch.setitem(sys.modules, "glass.trace", None)
+    status, _, answer = running.ask("POST", "/trace", {"model": "base"})
+    assert status == 404 and "glass/trace.py" in answer["error"]["message"]
+
+    def respond(loaded, request, other=None):
+        if request.get("bad"):
+            raise ValueError("bad=1 must be 0")
+        names = [threading.current_thread().name, loaded is running.loaded_now("base")]
+        return {"request": request, "names": names, "differs": other is not loaded}
+
+    monkeypatch.setitem(sys.modules, "glass.trace", types.SimpleNamespace(respond=respond))
+    body = {"model": "base", "other": "base@5", "text": "a"}
+    status, _, answer = running.ask("POST", "/trace", body)
+    assert answer == {"request": body, "names": ["engine", True], "differs": True}
+    assert running.ask("POST", "/trace", {"model": "base", "bad": 1})[0] == 400
+    assert running.ask("POST", "/trace", {"model": "base", "other": "nobody"})[0] == 404
+
+
+def test_serve_gives_the_page_a_policy_with_a_nonce(running, monkeypatch, tmp_path):
+    import serve
+
+    monkeypatch.setattr(serve, "HOME", tmp_path)
+    assert running.ask("GET", "/")[2] == b"glassGPT serves OpenAI's API under /v1\n"
+    (tmp_path / "glass").mkdir()
+    (tmp_path / "glass/page.html").write_text(
+        '<script nonce="{{nonce}}">é</script>', encoding="utf-8"
+    )
+    nonces = set()
+    for _ in range(2):
+        status, headers, content = running.ask("GET", "/")
+        nonce = re.fullmatch('<script nonce="([^"]+)">é</script>', content.decode())[1]
+        assert f"script-src 'self' 'nonce-{nonce}'" in headers["content-security-policy"]
+        assert headers["content-security-policy"].startswith("default-src 'self'")
+        nonces.add(nonce)
+    assert len(nonces) == 2
+
+
+@needs_unix
+def test_serve_ends_running_answers_at_ctrl_c_and_logs_no_prompt(running):
+    root = running.server.library.root
+    command = [
+        sys.executable,
+        str(HERE / "serve.py"),
+        "--out_dir=out/base",
+        "--port=0",
+        "--device=cpu",
+    ]
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        line = child.stdout.readline()
+        assert re.match(
+            r"base \([\d,]+ parameters, float32 on cpu\) answers at http://127.0.0.1:\d+/v1", line
+        )
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", int(re.search(r":(\d+)/v1", line)[1]), timeout=30
+        )
+        body = {"prompt": "secret", "max_tokens": 50, "stream": True}
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body), {"Authorization": "Bearer hidden"}
+        )
+        answer = connection.getresponse()
+        answer.readline()
+        child.send_signal(signal.SIGINT)
+        rest = answer.read().decode()
+        assert re.search('"finish_reason":"(length|stop)"', rest) and rest.endswith("[DONE]\n\n")
+        _, errors = child.communicate(timeout=20)
+    assert child.returncode == 0 and "Traceback" not in errors
+    assert "secret" not in errors and "hidden" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--host=0.0.0.0"], "give --api_key=KEY"),
+        (["--port=99999"], "port=99999 must lie in"),
+        (["--models", "nowhere"], "models=nowhere is no folder"),
+        (["--out_dir=nowhere"], "holds no checkpoint"),
+    ],
+)
+def test_bad_settings_of_serve_are_one_line_and_status_2(in_tmp_path, capsys, words, says):
+    serve = pytest.importorskip("serve")
+    status, _, err = run_main(serve.main, words, capsys)
+    assert status == 2 and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_serve_without_its_packages_is_one_line(in_tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.modules['uvicorn'] = None; import serve"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install starlette uvicorn" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------ glass/settings.py
@@ -4147,6 +4871,15 @@ def test_two_models_are_compared_on_the_same_tokens():
     other = sample.Loaded(theirs.model, bpe.CharTokenizer.train("abc"), [], None)
     with pytest.raises(ValueError, match="different tokenizers"):
         looking.respond(ours, {"text": "To be", "parts": ["compare"]}, other)
+def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 600).bfloat16()
+    fast = generate.RowLinear(linear)
+    fast.converts = True
+    x = torch.randn(2, 5, 48).bfloat16()
+    expected = F.linear(x.float(), linear.weight.float()).bfloat16() + linear.bias
+    assert fast(x).dtype == torch.bfloat16
+    torch.testing.assert_close(fast(x), expected, rtol=2**-7, atol=1e-3)  # one rounding
 
 
 # ---------------------------------------------------------------------------------------------- glass/chat.py
