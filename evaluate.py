@@ -471,8 +471,8 @@ def finite(value):
 
 
 def load(settings, init_from=None):
-    """The sample.Loaded of the model to measure, or of another that init_from names."""
-    import sample
+    """The Loaded of the model to measure, or of another that init_from names."""
+    from glass.loading import ModelSettings, load_model
 
     s = settings
     options = {"which": s.which, "device": s.device, "dtype": s.dtype}
@@ -480,7 +480,7 @@ def load(settings, init_from=None):
         options |= {"init_from": s.init_from, "out_dir": s.out_dir}
     else:
         options |= {"init_from": init_from}
-    return sample.load_model(sample.Settings(**options))
+    return load_model(ModelSettings(**options))
 
 
 def main(argv):

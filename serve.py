@@ -11,9 +11,7 @@ models. glass/engine.py is the thread that owns them, and glass/batch.py makes t
 
 import asyncio
 import contextlib
-import functools
 import json
-import secrets
 import socket
 import sys
 import time
@@ -27,10 +25,10 @@ from glass.batch import Failed, Made
 from glass.engine import Engine
 from glass.generate import speed_up
 from glass.guard import LOOPBACK, ApiError, Guard
-from glass.library import Library, describe_runs, first_source
+from glass.library import Library, first_source
 from glass.loading import ModelSettings, check_classifies, classify, load_model
 from glass.openai_json import Fields, check_ids, check_text, wrong
-from glass.settings import HOME, configure, errors_in_one_line
+from glass.settings import configure, errors_in_one_line
 from model import require
 
 with errors_in_one_line():
@@ -38,13 +36,10 @@ with errors_in_one_line():
         import uvicorn
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
-        from starlette.responses import (
-            HTMLResponse,
-            JSONResponse,
-            PlainTextResponse,
-            StreamingResponse,
-        )
+        from starlette.responses import JSONResponse, StreamingResponse
         from starlette.routing import Route
+
+        from glass.page import Page
     except ImportError as error:
         raise ImportError(
             f"serve.py needs the packages starlette and uvicorn ({error}): "
@@ -65,6 +60,7 @@ class Settings(ModelSettings):
     api_key: str | None = None  # what clients must send as their key
     allow_host: list[str] = field(default_factory=list)  # names of this server behind a proxy
     models: list[str] = field(default_factory=list)  # folders of further models
+    faq: str | None = None  # a .jsonl or .csv of question and answer, for the page
     max_rows: int = 16  # texts that grow together, at most
     max_queue: int = 256  # texts that grow or wait, at most; beyond, status 429
 
@@ -143,6 +139,7 @@ class Server:
     def __init__(self, settings):
         self.settings = s = settings
         self.loop, self.n_rows, self.is_stopping = None, 0, False
+        self.page = Page(self, s.faq)
         name, source = first_source(s)
         load = make_loader(s, source)
         first = load(source)
@@ -315,39 +312,6 @@ class Server:
                 check_ids("tokens", ids, tokenizer.vocab_size)
             return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
 
-    # What the page asks for.
-
-    async def trace(self, request):
-        """What glass/trace.py computes for the request, on the models that it names."""
-        try:
-            from glass import trace
-        except ImportError:
-            raise ApiError(404, "this server has no glass/trace.py: it cannot trace") from None
-        fields = Fields(await request.body())
-        names = [fields.take("model", str)]
-        if (other := fields.take("other", str)) is not None:
-            names.append(other)
-        async with self.using(*names) as models:
-            loaded = [served.loaded for served in models]
-            try:
-                work = functools.partial(trace.respond, loaded[0], fields.document, *loaded[1:])
-                return JSONResponse(await self.on_model_thread(work))
-            except ValueError as error:
-                raise ApiError(400, str(error)) from None
-
-    async def runs(self, request):
-        return JSONResponse({"runs": await asyncio.to_thread(describe_runs, self.library.root)})
-
-    async def page(self, request):
-        path = HOME / "glass" / "page.html"
-        if not path.is_file():
-            return PlainTextResponse("glassGPT serves OpenAI's API under /v1\n")
-        nonce = secrets.token_urlsafe(16)
-        text = path.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
-        own = f"'self' 'nonce-{nonce}'"
-        policy = f"default-src 'self'; script-src {own}; style-src {own}; frame-ancestors 'none'"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
-
     async def health(self, request):
         if self.is_stopping:
             raise ApiError(503, STOPPING)
@@ -373,10 +337,8 @@ class Server:
             Route("/tokenizer_info", self.tokenizer_info),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
-            Route("/trace", self.trace, methods=["POST"]),
-            Route("/runs", self.runs),
             Route("/health", self.health),
-            Route("/", self.page),
+            *self.page.routes(),
         ]
         handlers = {ApiError: answer_error, HTTPException: answer_error, Exception: answer_error}
         app = Starlette(routes=routes, exception_handlers=handlers)

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -52,6 +51,7 @@ from glass import (
     generate,
     intervals,
     items,
+    loading,
     looking,
     matches,
     optim,
@@ -2702,7 +2702,7 @@ def ascii_tokenizer():
 def loaded_tiny(**settings):
     tokenizer = ascii_tokenizer()
     model = tiny_model(vocab_size=tokenizer.vocab_size, block_size=256, **settings)
-    return sample.Loaded(model, tokenizer, [], None)
+    return loading.Loaded(model, tokenizer, [], None)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(pos="rope", smear=True, n_kv_head=2)])
@@ -2764,7 +2764,7 @@ def test_a_table_of_pairs_gets_the_bits_that_counting_gives():
     with torch.no_grad():  # a one-hot vector over its root mean square, 1 / sqrt(V)
         model.tok_emb.weight.copy_(torch.eye(V) * 1e3)
         model.head.weight.copy_(torch.tensor(logprobs.T) / math.sqrt(V))
-    loaded = sample.Loaded(model, tokenizer, [], None)
+    loaded = loading.Loaded(model, tokenizer, [], None)
     begin = score.beginning(tokenizer)
     expected = -sum(logprobs[a, b] for a, b in zip([*begin, *ids], ids, strict=False))
     figure = evaluate.measure_text("t", loaded, [text], evaluate.Settings())[0]
@@ -3093,6 +3093,8 @@ def test_the_core_imports_nothing_that_looks_at_it():
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(alias.name for alias in node.names)]
             assert not lookers & {part for name in names for part in name.split(".")}, name
+
+
 # --------------------------------------------------------------------------------------------------- serve.py
 
 
@@ -3702,7 +3704,7 @@ def test_serve_asks_for_the_key(running, tmp_path):
 
 def test_serve_describes_runs_for_the_page(running):
     Path(running.server.library.root, "out/base/metrics.jsonl").write_text(
-        "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 1502))
+        "".join(json.dumps({"step": i, "tokens": i, "loss": 1.0}) + "\n" for i in range(1, 1502))
     )
     [base] = [run for run in running.ask("GET", "/runs")[2]["runs"] if run["name"] == "base"]
     assert base["steps"] == [5, 9] and base["is_training"] is False and base["has_best"] is False
@@ -3717,12 +3719,7 @@ def test_serve_describes_runs_for_the_page(running):
 
 
 def test_serve_traces_on_the_models_thread(running, monkeypatch):
-    import glass
-
-    monkeypatch.delattr(glass, "trace", raising=False)
-    monkeypatch.setitem(sys.modules, "glass.trace", None)
-    status, _, answer = running.ask("POST", "/trace", {"model": "base"})
-    assert status == 404 and "glass/trace.py" in answer["error"]["message"]
+    from glass import looking
 
     def respond(loaded, request, other=None):
         if request.get("bad"):
@@ -3730,31 +3727,65 @@ def test_serve_traces_on_the_models_thread(running, monkeypatch):
         names = [threading.current_thread().name, loaded is running.loaded_now("base")]
         return {"request": request, "names": names, "differs": other is not loaded}
 
-    monkeypatch.setitem(sys.modules, "glass.trace", types.SimpleNamespace(respond=respond))
+    real = looking.respond
+    monkeypatch.setattr(looking, "respond", respond)
     body = {"model": "base", "other": "base@5", "text": "a"}
     status, _, answer = running.ask("POST", "/trace", body)
     assert answer == {"request": body, "names": ["engine", True], "differs": True}
     assert running.ask("POST", "/trace", {"model": "base", "bad": 1})[0] == 400
     assert running.ask("POST", "/trace", {"model": "base", "other": "nobody"})[0] == 404
+    monkeypatch.setattr(looking, "respond", real)
+    body = {"model": "base", "other": "base@5", "text": "To be", "parts": ["surprise", "compare"]}
+    status, _, answer = running.ask("POST", "/trace", body)
+    assert status == 200 and len(answer["compare"]["logprob"]) == len(answer["ids"])
+    assert running.ask("POST", "/trace", body | {"parts": ["none"]})[0] == 400
 
 
-def test_serve_gives_the_page_a_policy_with_a_nonce(running, monkeypatch, tmp_path):
-    import serve
-
-    monkeypatch.setattr(serve, "HOME", tmp_path)
-    assert running.ask("GET", "/")[2] == b"glassGPT serves OpenAI's API under /v1\n"
-    (tmp_path / "glass").mkdir()
-    (tmp_path / "glass/page.html").write_text(
-        '<script nonce="{{nonce}}">é</script>', encoding="utf-8"
-    )
+def test_serve_gives_the_page_a_policy_with_a_nonce(running):
     nonces = set()
     for _ in range(2):
         status, headers, content = running.ask("GET", "/")
-        nonce = re.fullmatch('<script nonce="([^"]+)">é</script>', content.decode())[1]
-        assert f"script-src 'self' 'nonce-{nonce}'" in headers["content-security-policy"]
-        assert headers["content-security-policy"].startswith("default-src 'self'")
-        nonces.add(nonce)
+        found = re.findall('<(?:script|style) nonce="([^"]+)">', content.decode())
+        assert len(found) == 2 and len(set(found)) == 1
+        policy = headers["content-security-policy"]
+        assert f"script-src 'self' 'nonce-{found[0]}'" in policy
+        assert policy.startswith("default-src 'self'") and "unsafe" not in policy
+        nonces.add(found[0])
     assert len(nonces) == 2
+
+
+def test_serve_tells_the_page_of_a_model_and_of_the_code(running):
+    status, _, info = running.ask("GET", "/info?model=base")
+    assert status == 200 and info["model"] == "base" and info["n_layer"] >= 1
+    assert running.ask("GET", "/info?model=../x")[0] == 404
+    for view in re.findall(
+        r'^  \["(\w+)", "', (HERE / "glass/page.html").read_text(), re.MULTILINE
+    ):
+        status, _, found = running.ask("GET", f"/source/{view}")
+        assert status == 200 and all("def " in one["lines"] for one in found["sources"]), view
+    assert running.ask("GET", "/source/nothing")[0] == 404
+    assert running.ask("POST", "/faq", {"question": "a"})[0] == 404
+
+
+def test_the_answers_of_a_file_are_found_by_the_words_of_the_question(in_tmp_path):
+    from glass.page import Faq
+
+    rows = [
+        {"question": "How do I train a model?", "answer": "python train.py"},
+        {"question": "How do I sample text?", "answer": "python sample.py"},
+        {"question": "What is a token?", "answer": "a piece of text"},
+    ]
+    Path("faq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    faq = Faq("faq.jsonl")
+    for row in rows:
+        score, found = faq.find(row["question"].lower())
+        assert found["answer"] == row["answer"] and score == pytest.approx(1)
+    score, found = faq.find("train a model, how?")
+    assert found["answer"] == "python train.py" and 0.6 < score < 1
+    assert faq.find("completely unrelated")[0] == 0
+    Path("bad.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl line 1 has no answer"):
+        Faq("bad.jsonl")
 
 
 @needs_unix
@@ -4790,8 +4821,8 @@ def test_the_merges_of_a_word_are_shown(trained_on_runs):
 BAD_REQUESTS = [
     ({"text": "To", "parts": ["nothing"]}, "must be a list of tokens"),
     ({"text": "To", "parts": []}, "must be a list of tokens"),
-    ({"parts": ["tokens"]}, "either text or ids"),
-    ({"text": "To", "ids": [1], "parts": ["tokens"]}, "either text or ids"),
+    ({"parts": ["tokens"]}, "either text, ids or messages"),
+    ({"text": "To", "ids": [1], "parts": ["tokens"]}, "either text, ids or messages"),
     ({"text": "Ü", "parts": ["tokens"]}, "does not know 'Ü'"),
     ({"text": "", "parts": ["tokens"]}, "has 0 tokens"),
     ({"text": "a" * 300, "parts": ["tokens"]}, "has 300 tokens"),
@@ -4848,7 +4879,7 @@ def test_matches_in_the_training_data_agree_with_a_naive_search(in_tmp_path):
     assert Path("data/own/index/index.json").stat().st_mtime_ns == before
     state = {"settings": {"dataset": "own"}}
     model = tiny_model(vocab_size=dataset.tokenizer.vocab_size, block_size=64)
-    loaded = sample.Loaded(model, dataset.tokenizer, [], state)
+    loaded = loading.Loaded(model, dataset.tokenizer, [], state)
     shown = looked(loaded, "matches", text=text)["matches"]
     assert shown["lengths"] == [length for length, _ in found]
 
@@ -4856,7 +4887,7 @@ def test_matches_in_the_training_data_agree_with_a_naive_search(in_tmp_path):
 def test_a_classifier_shows_which_token_pushed_the_class(long_base, capsys):
     tune("classify", capsys)
     model, tokenizer, state = weights.load_run("out/tuned")
-    loaded = sample.Loaded(model.eval(), tokenizer, [], state)
+    loaded = loading.Loaded(model.eval(), tokenizer, [], state)
     shown = looked(loaded, "class", text="to be or not")["class"]
     assert shown["labels"] == ["a", "b"] and sum(shown["probs"]) == pytest.approx(1, abs=1e-5)
     assert len(shown["by_token"]) == len("to be or not")
@@ -4868,9 +4899,11 @@ def test_two_models_are_compared_on_the_same_tokens():
     shown = looking.respond(ours, body, theirs)
     swapped = looking.respond(theirs, body, ours)
     assert shown["compare"]["logprob"] == pytest.approx(swapped["surprise"]["logprob"], nan_ok=True)
-    other = sample.Loaded(theirs.model, bpe.CharTokenizer.train("abc"), [], None)
+    other = loading.Loaded(theirs.model, bpe.CharTokenizer.train("abc"), [], None)
     with pytest.raises(ValueError, match="different tokenizers"):
         looking.respond(ours, {"text": "To be", "parts": ["compare"]}, other)
+
+
 def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster():
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 600).bfloat16()

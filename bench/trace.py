@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-import sample
 from bench.common import in_turn
 from glass import looking
+from glass.loading import Loaded
 from glass.settings import HOME, configure
 from model import GPT, PRESETS, GPTConfig
 
@@ -48,7 +48,7 @@ def main(argv):
     else:
         config = PRESETS[s.model]
     model = GPT(config).eval()
-    loaded = sample.Loaded(model, Numbers(), [], None)
+    loaded = Loaded(model, Numbers(), [], None)
     ids = torch.randint(config.vocab_size, (s.tokens,)).tolist()
     mask = [[True] + [False] * config.n_head] * config.n_layer
     n_positions = 32 if config.vocab_size > looking.LARGE_VOCABULARY else s.tokens

@@ -1,6 +1,6 @@
 """POST /trace: what glass/trace.py sees, as JSON. A request names a text, and parts to look at.
 
-    {"text": "To be" or "ids": [20, 53], "parts": ["tokens", "lens"], "k": 10, ...}
+    {"text": "To be" (or ids, or messages), "parts": ["tokens", "lens"], "k": 10, ...}
 
 | part | reads | gives |
 |---|---|---|
@@ -29,6 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from glass import trace as tracing
+from glass.chat import MARKERS, encode_chat
 
 THUMBNAIL = 24  # pixels of a small attention map
 LARGE_VOCABULARY, MOST_POSITIONS = 8192, 32  # beyond, the lens takes 32 positions a request
@@ -38,7 +39,18 @@ class Request:
     """A checked request. Every value that is wrong raises ValueError, in one line."""
 
     KEYS = {
-        *("text", "ids", "parts", "k", "position", "positions", "layer", "head", "by_value"),
+        *(
+            "text",
+            "ids",
+            "messages",
+            "parts",
+            "k",
+            "position",
+            "positions",
+            "layer",
+            "head",
+            "by_value",
+        ),
         *("token", "mask", "dataset", "model", "other"),
     }
 
@@ -59,9 +71,11 @@ class Request:
     def read_ids(self, body):
         """The ids of the text: at least one, at most block_size."""
         tokenizer, longest = self.loaded.tokenizer, self.model.config.block_size
-        if ("text" in body) == ("ids" in body):
-            raise ValueError("a trace needs either text or ids: give one of them")
+        if len({"text", "ids", "messages"} & body.keys()) != 1:
+            raise ValueError("a trace needs either text, ids or messages: give one of them")
         ids = body.get("ids")
+        if "messages" in body:
+            ids = self.chat_ids(body["messages"])
         if "text" in body:
             if not isinstance(body["text"], str):
                 raise ValueError(f"text={body['text']!r:.40} must be a text")
@@ -76,6 +90,22 @@ class Request:
         if not 1 <= len(ids) <= longest:
             raise ValueError(f"the text has {len(ids)} tokens, needed are 1 to {longest}")
         return ids
+
+    def chat_ids(self, messages):
+        """The ids of a conversation in the model's own template."""
+        loaded = self.loaded
+        are_messages = isinstance(messages, list) and all(
+            isinstance(message, dict)
+            and message.get("role") in MARKERS
+            and isinstance(message.get("content"), str)
+            for message in messages
+        )
+        if not are_messages or not messages:
+            raise ValueError(f"messages={messages!r:.60} must be a list of {{role, content}}")
+        template = loaded.chat_template
+        if template is None:
+            raise ValueError("this model was not tuned on conversations: give a text")
+        return encode_chat(loaded.tokenizer, messages, template)[0]
 
     def integer(self, name, default, low, high):
         """An integer of the request in [low, high]."""
@@ -341,7 +371,7 @@ PARTS = {
 def respond(loaded, body, other=None):
     """The answer to a request, a dict with the ids and one entry for each part.
 
-    loaded, other: sample.Loaded. Raises ValueError for a request that is not as the table says.
+    loaded, other: glass.loading.Loaded. Raises ValueError for a request that is not as the table says.
     """
     request = Request(loaded, body)
     request.other = other
