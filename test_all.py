@@ -1568,6 +1568,21 @@ def test_a_text_that_stdout_cannot_write_is_written_with_question_marks(workdir)
     assert checkpoint.saved_steps("out/small") == [3, 6]
 
 
+def test_kept_weights_stay_and_are_those_of_their_step(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--max_iters=8", "--keep_every=2"], capsys)
+    assert checkpoint.kept_steps("out/small") == [2, 4, 6, 8]
+    assert checkpoint.saved_steps("out/small") == [6, 8]
+    whole = [*TINY_RUN, "--max_iters=4", "--lr_decay_iters=6", "--out_dir=out/short"]
+    run_main(train.main, whole, capsys)
+    kept = checkpoint.load("out/small", 4)
+    assert kept["step"] == 4 and "optimizer" not in kept
+    assert_same(kept["model"], checkpoint.load("out/short")["model"])
+    model, tokenizer, state = weights.load_run("out/small", 4)
+    assert state["step"] == 4 and tokenizer.vocab_size == model.config.vocab_size
+    run_main(train.main, [*TINY_RUN, "--overwrite=True"], capsys)
+    assert not list(Path("out/small").glob("kept_*"))
+
+
 def test_files_that_a_kill_left_half_written_are_removed(trained, capsys):
     for name in ("best.tmp", "ckpt_0000009.tmp"):
         Path("out/small", name).write_bytes(b"half")

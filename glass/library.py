@@ -59,8 +59,10 @@ def run_folders(root="."):
 def run_sources(name, folder, which="best"):
     """A dict from name to Source of a run: RUN itself, and each of its checkpoints as RUN@STEP."""
     sources, steps = {}, checkpoint.saved_steps(folder)
+    kept = [step for step in checkpoint.kept_steps(folder) if step not in steps]
     best = Path(folder) / "best.pt"
     paths = {f"{name}@{step}": (step, checkpoint.checkpoint_path(folder, step)) for step in steps}
+    paths |= {f"{name}@{step}": (step, checkpoint.kept_path(folder, step)) for step in kept}
     if which == "best" and best.exists():
         first = (which, best)
     else:
@@ -229,7 +231,7 @@ def describe_run(name, folder):
     every = -(-len(rows) // MAX_METRICS) or 1  # the last row is among those that are kept
     return {
         "name": name,
-        "steps": checkpoint.saved_steps(folder),
+        "steps": checkpoint.kept_steps(folder),
         "has_best": (folder / "best.pt").exists(),
         "is_training": is_locked(folder),
         "settings": settings,
