@@ -34,6 +34,8 @@ class Settings(Drawing, ModelSettings):
     """What to load, what to start from, how to draw the next token; named as in nanoGPT."""
 
     show_probs: bool = False  # each token with its probability and the runners-up
+    show_lens: bool = False  # what would come next after each part of the model, and stop
+    show_attention: str | None = None  # draw every head's attention to this .png file, and stop
     # text
     export: str | None = None  # write model and tokenizer to this folder for transformers, and stop
     classify: str | None = None  # a text whose class to name (finetune.py --task=classify)
@@ -138,6 +140,19 @@ def print_classes(settings, loaded):
     by_probability = sorted(zip(probs, labels, strict=True), reverse=True)
     for p, label in by_probability:
         print(f"{label:20} {p:.1%}")
+
+
+def look_inside(settings, loaded):
+    """Print the logit lens of the prompt, or draw the attention of every head."""
+    from glass import pictures
+
+    idx = torch.tensor(read_prompt(settings, loaded), device=loaded.model.device)
+    if settings.show_lens:
+        print("\n".join(pictures.lens_lines(loaded.model, loaded.tokenizer, idx)))
+    if settings.show_attention:
+        path = settings.show_attention
+        pictures.draw_attention(loaded.model, loaded.tokenizer, idx, path)
+        print(f"{path} shows the attention of every head")
 
 
 HELP = """/reset  forget the conversation        /temp 0.7  another temperature
@@ -259,6 +274,8 @@ def main(argv):
         print(f"{settings.export} is a folder that transformers loads")
     elif settings.classify is not None:
         print_classes(settings, loaded)
+    elif settings.show_lens or settings.show_attention:
+        look_inside(settings, loaded)
     else:
         loaded.compiled_decode = speed_up(loaded.model, settings.quantize, settings.compile)
         if settings.chat:

@@ -55,6 +55,7 @@ from glass import (
     looking,
     matches,
     optim,
+    pictures,
     progress,
     records,
     score,
@@ -4906,6 +4907,22 @@ def test_a_classifier_shows_which_token_pushed_the_class(long_base, capsys):
     shown = looked(loaded, "class", text="to be or not")["class"]
     assert shown["labels"] == ["a", "b"] and sum(shown["probs"]) == pytest.approx(1, abs=1e-5)
     assert len(shown["by_token"]) == len("to be or not")
+
+
+@pytest.mark.pictures
+def test_sample_shows_the_lens_and_draws_the_attention(trained, capsys):
+    words = ["--start=To be", "--show_lens", "--show_attention=heads.png"]
+    status, out, _ = run_main(sample.main, words, capsys)
+    assert status == 0 and Path("heads.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split()[0] for line in out.splitlines()]
+    assert rows[:4] == ["after", "MLP", "attention", "embedding"]
+    model, tokenizer, _ = weights.load_run("out/small")
+    idx = torch.tensor([tokenizer.encode("To be")])
+    likeliest = tokenizer.decode([int(model(idx)[0][0, -1].argmax())])
+    assert f"At the end {pictures.visible(likeliest)!r} is likeliest" in out
+    for path in ("heads.png", "heads.jpg"):
+        status, _, err = run_main(sample.main, ["--start=To", f"--show_attention={path}"], capsys)
+        assert status == 2 and path in err and "name a new .png" in err
 
 
 def test_two_models_are_compared_on_the_same_tokens():
