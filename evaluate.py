@@ -17,7 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from glass import core, intervals
+from glass import core, intervals, items
+from glass.contamination import count_contamination
 from glass.files import reading, write_json
 from glass.settings import errors_in_one_line, read_arguments
 
@@ -41,7 +42,7 @@ class Settings:
     core: bool | None = None  # glassCORE; None: if nothing else is named
     text: list[str] | None = None  # files of text: .txt .md .jsonl .jsonl.gz .parquet
     dataset: str | None = None  # the validation split of this dataset, as one text
-    items: list[str] | None = None  # files of multiple choice, .jsonl
+    items: list[str] | None = None  # multiple choice: .jsonl files, or what prepare.py NAME got
     answers: str | None = None  # a dataset or file of instructions, answered greedily
     classes: str | None = None  # a dataset or file of labelled texts, for a classifier
     # how
@@ -119,7 +120,7 @@ def measure_text(task, loaded, texts, settings):
         n_words += len(re.split(r"\s+", text))
         n_characters += len(text)
         n_bytes = len(text.encode("utf-8"))
-        units = 1 if len(texts) >= 30 else max(1, n_bytes // UNIT_BYTES)
+        units = 1 if len(texts) >= 30 else max(1, n_bytes // UNIT_BYTES, min(20, n_bytes // 20))
         lengths = [len(loaded.tokenizer.decode_bytes([token])) for token in ids]
         ends = np.cumsum(lengths)
         places = np.minimum((ends - 1) * units // max(1, ends[-1] if len(ends) else 1), units - 1)
@@ -171,7 +172,7 @@ def validation_text(name):
 # Multiple choice.
 
 
-def measure_items(task, loaded, items, **notes):
+def measure_items(task, loaded, asked, **notes):
     """Figures of multiple choice: acc, and acc_norm and acc_bytes where answers differ in length.
 
     acc takes the answer with the highest log-probability, acc_norm the highest per character,
@@ -182,7 +183,7 @@ def measure_items(task, loaded, items, **notes):
 
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
     kept, pairs, too_long, unknown = [], [], 0, 0
-    for item in items:
+    for item in asked:
         if any(tokenizer.unknown_characters(context + end) for context, end in item.pairs):
             unknown += 1
             continue
@@ -354,51 +355,6 @@ def measure_classes(loaded, settings):
     return [share(f"classes {task}", "acc", parts, 1 / len(labels))]
 
 
-# Contamination.
-
-
-def contaminated(texts, name):
-    """(texts that share 13 words in a row with training text, texts of 13 words or more).
-
-    name: a dataset whose shards are there.
-    """
-    from glass.shards import open_dataset
-
-    grams_of, first_words = {}, set()
-    n_long = 0
-    for i, text in enumerate(texts):
-        words = text.lower().split()
-        n_long += len(words) >= CONTAMINATION
-        for start in range(len(words) - CONTAMINATION + 1):
-            gram = " ".join(words[start : start + CONTAMINATION])
-            grams_of.setdefault(gram, set()).add(i)
-            first_words.add(words[start])
-    dataset, found = open_dataset(name), set()
-    for shard in dataset.splits["train"]:
-        rest = []  # words that the next piece goes on from
-        for start in range(0, len(shard), 1_000_000):
-            piece = dataset.tokenizer.decode(shard[start : start + 1_000_000].tolist())
-            words = rest + piece.lower().split()
-            for place, word in enumerate(words[: 1 - CONTAMINATION]):
-                if word in first_words:
-                    gram = " ".join(words[place : place + CONTAMINATION])
-                    found |= grams_of.get(gram, set())
-            rest = words[1 - CONTAMINATION :]
-    return len(found), n_long
-
-
-def count_contamination(figures, texts, dataset):
-    """Note with the figures how many of their items stand in the training shards, if these are there."""
-    from glass.shards import META, folder_of
-
-    if dataset is None or not (folder_of(dataset) / META).is_file():
-        return
-    n_found, n_long = contaminated(texts, dataset)
-    for figure in figures:
-        figure.notes[f"share {CONTAMINATION} words with {dataset}"] = n_found
-        figure.notes[f"have {CONTAMINATION} words"] = n_long
-
-
 # All together.
 
 
@@ -410,12 +366,10 @@ def measure(loaded, settings):
         figures += measure_text("text", loaded, texts_of_files(s), s)
     if s.dataset:
         figures += measure_text(f"{s.dataset} validation", loaded, validation_text(s.dataset), s)
-    for path in s.items or []:
-        from glass.items import read_items
-
-        items = read_items(path, s.shots)[: s.limit]
-        found = measure_items(Path(path).stem, loaded, items)
-        texts = ["".join(item.pairs[item.gold or 0]) for item in items]
+    for path in [path for name in s.items or [] for path in items.files_of(name)]:
+        asked = items.read_items(path, s.shots)[: s.limit]
+        found = measure_items(path.stem, loaded, asked)
+        texts = ["".join(item.pairs[item.gold or 0]) for item in asked]
         count_contamination(found, texts, trained_on)
         figures += found
     if s.answers:
@@ -517,8 +471,8 @@ def finite(value):
 
 
 def load(settings, init_from=None):
-    """The sample.Loaded of the model to measure, or of another that init_from names."""
-    import sample
+    """The Loaded of the model to measure, or of another that init_from names."""
+    from glass.loading import ModelSettings, load_model
 
     s = settings
     options = {"which": s.which, "device": s.device, "dtype": s.dtype}
@@ -526,17 +480,17 @@ def load(settings, init_from=None):
         options |= {"init_from": s.init_from, "out_dir": s.out_dir}
     else:
         options |= {"init_from": init_from}
-    return sample.load_model(sample.Settings(**options))
+    return load_model(ModelSettings(**options))
 
 
 def main(argv):
     arguments = read_arguments(Settings, argv, positional="[RUN ...]")
-    s = Settings(**arguments.given)
-    if s.report:
+    if path := arguments.given.get("report"):
         from glass.report import write_report
 
-        write_report(Path(s.report), arguments.names)
+        write_report(Path(path), arguments.names)
         return 0
+    s = Settings(**arguments.given)
     if arguments.names:
         raise ValueError(
             f"{' '.join(arguments.names)} would do nothing: name a run by --out_dir, "

@@ -592,16 +592,25 @@ def chunked_cross_entropy(head, x, targets, chunk):
     return sum(losses), None
 
 
+def uniform_numbers(n, generator, device):
+    """n numbers in [0, 1), float64: (n, 1). device: where they are drawn without a generator."""
+    source = device if generator is None else generator.device
+    return torch.rand(n, 1, dtype=torch.float64, device=source, generator=generator)
+
+
 def draw(probs, generator=None):
     """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1).
 
     The first id whose cumulative probability passes a uniform number, in float64: on a CPU far
-    faster than torch.multinomial. Apple's GPUs have no float64, so there the CPU draws.
+    faster than torch.multinomial. Apple's GPUs have no float64, so there the CPU draws. generator:
+    one for all rows, or a list of one for each, so that a row's draws do not depend on the others.
     """
     device = torch.device("cpu") if probs.device.type == "mps" else probs.device
     cumulative = probs.to(device).double().cumsum(-1)  # (B, V)
-    source = device if generator is None else generator.device
-    uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=source, generator=generator)
+    if isinstance(generator, list):
+        uniform = torch.cat([uniform_numbers(1, each, device) for each in generator])
+    else:
+        uniform = uniform_numbers(len(probs), generator, device)  # (B, 1)
     drawn = torch.searchsorted(cumulative, uniform.to(device) * cumulative[:, -1:], right=True)
     # the NaN logits of a diverged model give an index out of range, which is clamped
     return drawn.clamp(max=probs.shape[-1] - 1).to(probs.device)

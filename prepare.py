@@ -371,7 +371,11 @@ def prepare(settings):
 
     New files are made in a folder inside. They replace the old ones when all of them are whole.
     """
-    folder = folder_of(settings.name)
+    folder, source = folder_of(settings.name), SOURCES.get(settings.name)
+    if source and source.kind == "choices":
+        for path in input_files(settings):
+            print(f"{path}: for evaluate.py --items {settings.name}")
+        return folder
     if (folder / META).is_file() and not settings.overwrite:
         print(f"{folder} is prepared already: --overwrite=True makes it again")
         return folder
@@ -381,7 +385,6 @@ def prepare(settings):
     try:
         files = input_files(settings)
         check_inputs(folder, files)
-        source = SOURCES.get(settings.name)
         (folder / MAKING).mkdir(exist_ok=True)
         if source and source.records:
             meta = prepare_records(settings, source, files)

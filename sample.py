@@ -6,39 +6,38 @@ checkpoint does. Text appears as it is made.
 
 import contextlib
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 import bpe
-from glass import checkpoint, weights
-from glass.chat import encode_for_class, fit_chat, stop_ids, template_for
-from glass.device import choose_device, choose_dtype
+from glass.chat import TEMPLATE_STOPS, fit_chat
 from glass.generate import TextStream, speed_up, stream
+from glass.loading import (
+    Drawing,
+    ModelSettings,
+    check_classifies,
+    check_known,
+    classify,
+    encode_prompt,
+    load_model,
+)
 from glass.settings import check_type, configure, errors_in_one_line, parse
 from model import require
 
 
 @dataclass
-class Settings:
+class Settings(Drawing, ModelSettings):
     """What to load, what to start from, how to draw the next token; named as in nanoGPT."""
 
-    # model
-    init_from: str = "resume"  # resume: a checkpoint of out_dir; else gpt2... or a folder
-    out_dir: str | None = None  # folder of the run; None: the newest under out/
-    adapter: str | None = None  # adapter.safetensors of a LoRA run, to merge into its base
-    which: Literal["best", "last"] = "best"  # the lowest validation loss, or the last
-    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-    compile: bool = False  # torch.compile the one-token step; the second token waits for it
-    quantize: Literal["int8"] | None = None  # int8 weights: a quarter of float32's bytes
-    export: str | None = None  # write model and tokenizer to this folder for transformers, and stop
+    show_probs: bool = False  # each token with its probability and the runners-up
+    show_lens: bool = False  # what would come next after each part of the model, and stop
+    show_attention: str | None = None  # draw every head's attention to this .png file, and stop
     # text
+    export: str | None = None  # write model and tokenizer to this folder for transformers, and stop
     classify: str | None = None  # a text whose class to name (finetune.py --task=classify)
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
     max_new_tokens: int = 500  # tokens of a text, at most
@@ -47,88 +46,12 @@ class Settings:
     chat: bool = False  # a conversation in the terminal; /help lists its commands
     template: str = "auto"  # of a chat: markers | alpaca | llama3 | chatml; auto: the model's
     system: str | None = None  # the system message of a chat
-    # drawing
-    temperature: float = 0.8  # 0: the likeliest token; 1: as the model says; below 1: bolder
-    top_k: int | None = 200  # draw among the k likeliest
-    top_p: float | None = None  # draw among the fewest that hold this share of probability
-    min_p: float | None = None  # draw among those at least this share as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that occurred before become less likely
-    seed: int = 1337  # the same seed gives the same text
-    show_probs: bool = False  # each token with its probability and the runners-up
 
     def __post_init__(self):
-        floats = "temperature top_p min_p repetition_penalty"
-        require(self, floats, math.isfinite, "be a finite number")
-        require(self, "num_samples top_k", lambda value: value >= 1, "be at least 1")
+        super().__post_init__()
         most = 10**7
         require(self, "max_new_tokens", lambda value: 1 <= value <= most, "lie in [1, 10,000,000]")
-        require(self, "num_samples", lambda value: value <= 10**5, "be at most 100,000")
-        require(self, "top_p min_p", lambda value: 1e-6 <= value <= 1, "lie in [0.000001, 1]")
-        require(self, "temperature", lambda value: value >= 0, "not be negative")
-        smallest = 1e-4  # below, logits divided by it leave float32's range
-        require(
-            self,
-            "temperature",
-            lambda value: value == 0 or value >= smallest,
-            "be 0, or 0.0001 or more",
-        )
-        require(self, "repetition_penalty", lambda value: value > 0, "be positive")
-        require(self, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
-
-
-@dataclass
-class Loaded:
-    """A model that is ready to generate, and what goes with it."""
-
-    model: torch.nn.Module
-    tokenizer: bpe.Tokenizer
-    ends: list  # the ids that end a text
-    state: dict | None  # of the checkpoint; None for published weights
-    compiled_decode: object = None  # of glass.generate.speed_up
-
-    @property
-    def chat_template(self):
-        """The template of the conversations that the model was tuned on, or None.
-
-        A published model whose tokenizer has a template's markers is assumed to be tuned on it.
-        """
-        template = template_for(self.tokenizer)
-        if self.state is None:
-            return None if template == "alpaca" else template
-        tuned_on = self.state["task"].get("template")
-        return template if tuned_on == "auto" else tuned_on
-
-
-def load_model(settings):
-    """The Loaded model of a run or of published weights."""
-    s, device = settings, choose_device(settings.device)
-    dtype = choose_dtype(s.dtype, device)
-    if s.dtype == "auto" and (s.export or (s.quantize and not s.compile)):
-        dtype = torch.float32  # an export loses nothing; with eager int8 it was 13% faster on a CPU
-    source = s.init_from
-    if s.init_from == "resume":
-        source = folder = s.out_dir or checkpoint.newest_run()
-        model, tokenizer, state = weights.load_run(folder, s.which)
-        print(f"{folder}, step {state['step']}", file=sys.stderr)
-    else:
-        load_dtype = torch.float32 if s.adapter else dtype  # an adapter knows its base by its bits
-        model, tokenizer, state = weights.load_model(s.init_from, s.which, load_dtype)
-    if s.adapter:
-        weights.load_adapter(model, s.adapter)
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise ValueError(
-                f"{name} of {s.adapter or source} holds NaN or infinity, so the run has "
-                "diverged: train again with a lower learning_rate, or take an earlier checkpoint"
-            )
-    return Loaded(model.to(device, dtype).eval(), tokenizer, stop_ids(tokenizer), state)
-
-
-def check_known(tokenizer, text, name="the text"):
-    """ValueError where the tokenizer does not know some of the text's characters."""
-    if unknown := tokenizer.unknown_characters(text):
-        shown = " ".join(map(repr, unknown[:10]))
-        raise ValueError(f"the tokenizer does not know {shown} of {name[:200]!r}: leave them out")
+        require(self, "num_samples", lambda value: 1 <= value <= 10**5, "lie in [1, 100,000]")
 
 
 def read_prompt(settings, loaded):
@@ -141,10 +64,7 @@ def read_prompt(settings, loaded):
     if settings.start == Settings.start and tokenizer.unknown_characters(text):
         text = ""  # a text without line breaks was learnt: begin with whatever can begin one
     check_known(tokenizer, text, settings.start)
-    allowed = {bpe.END_OF_TEXT} & tokenizer.special_tokens.keys()
-    ids = tokenizer.encode(text or "".join(allowed) or "\n", allowed_special=allowed)
-    if getattr(tokenizer, "bos_id", None) is not None:
-        ids = [tokenizer.bos_id, *ids]
+    ids = encode_prompt(tokenizer, text)
     if len(ids) > config.block_size:
         raise ValueError(
             f"the prompt has {len(ids)} tokens but block_size={config.block_size}: shorten --start"
@@ -165,8 +85,8 @@ def show_token(tokenizer, token, logprobs):
 
 def drawing(settings, loaded):
     """How to draw, as glass.generate.stream takes it."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: getattr(settings, name) for name in names} | {
+    return settings.filters() | {
+        "repetition_penalty": settings.repetition_penalty,
         "stop": loaded.ends,
         "generator": torch.Generator().manual_seed(settings.seed),
         "compiled_decode": loaded.compiled_decode,
@@ -215,25 +135,24 @@ def write_samples(settings, loaded):
 
 def print_classes(settings, loaded):
     """Print the classes of a text, the likeliest first, each with its probability."""
-    model, state = loaded.model, loaded.state
-    if not model.config.n_classes or not state:
-        raise ValueError(
-            f"{settings.out_dir or settings.init_from} has no classification head: "
-            "train one with finetune.py --task=classify"
-        )
-    if not settings.classify.strip():
-        raise ValueError("classify='' has no token: give a text")
-    longest = min(state["settings"]["block_size"], model.config.block_size)  # as in training
-    ids, _ = encode_for_class(loaded.tokenizer, settings.classify, longest)
-    idx, lengths = (
-        torch.tensor([ids], device=model.device),
-        torch.tensor([len(ids)], device=model.device),
-    )
-    with torch.no_grad():
-        probs = model.classify(idx, lengths)[0].softmax(-1).tolist()
-    by_probability = sorted(zip(probs, state["task"]["labels"], strict=True), reverse=True)
+    check_classifies(loaded, settings.out_dir or settings.init_from)
+    labels, probs = classify(loaded, settings.classify)
+    by_probability = sorted(zip(probs, labels, strict=True), reverse=True)
     for p, label in by_probability:
         print(f"{label:20} {p:.1%}")
+
+
+def look_inside(settings, loaded):
+    """Print the logit lens of the prompt, or draw the attention of every head."""
+    from glass import pictures
+
+    idx = torch.tensor(read_prompt(settings, loaded), device=loaded.model.device)
+    if settings.show_lens:
+        print("\n".join(pictures.lens_lines(loaded.model, loaded.tokenizer, idx)))
+    if settings.show_attention:
+        path = settings.show_attention
+        pictures.draw_attention(loaded.model, loaded.tokenizer, idx, path)
+        print(f"{path} shows the attention of every head")
 
 
 HELP = """/reset  forget the conversation        /temp 0.7  another temperature
@@ -326,7 +245,7 @@ class Chat:
             return
         self.messages.append({"role": "user", "content": line})
         idx = torch.tensor([self.prompt()], device=loaded.model.device)
-        stops = [*s.stop, "### Instruction:"] if self.template == "alpaca" else s.stop
+        stops = [*s.stop, *TEMPLATE_STOPS.get(self.template, [])]
         text_stream, reply = TextStream(loaded.tokenizer, stops), ""
         with contextlib.suppress(KeyboardInterrupt):
             for new in stream(loaded.model, idx, s.max_new_tokens, **self.options):
@@ -344,7 +263,8 @@ class Chat:
 
 def main(argv):
     settings = configure(Settings, argv)
-    loaded = load_model(settings)
+    exact = settings.export and settings.dtype == "auto"  # an export loses nothing
+    loaded = load_model(settings, torch.float32 if exact else None)
     if settings.export and settings.quantize:
         raise ValueError(
             f"quantize={settings.quantize} does nothing to an export: leave one of them out"
@@ -354,6 +274,8 @@ def main(argv):
         print(f"{settings.export} is a folder that transformers loads")
     elif settings.classify is not None:
         print_classes(settings, loaded)
+    elif settings.show_lens or settings.show_attention:
+        look_inside(settings, loaded)
     else:
         loaded.compiled_decode = speed_up(loaded.model, settings.quantize, settings.compile)
         if settings.chat:

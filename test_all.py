@@ -1,12 +1,14 @@
 """Every promise, once: `python -m pytest test_all.py`. CPU, seeded, no network; files only in temporary folders."""
 
 import ast
+import base64
 import collections
 import dataclasses
 import errno
 import gzip
 import hashlib
 import html.parser
+import http.client
 import json
 import math
 import os
@@ -16,8 +18,10 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -38,22 +42,30 @@ import prepare
 import sample
 import train
 from glass import (
+    batch,
     chat,
     checkpoint,
+    contamination,
     core,
     files,
     generate,
     intervals,
     items,
+    loading,
+    looking,
+    matches,
     optim,
+    pictures,
     progress,
     records,
     score,
     shards,
     sources,
+    trace,
     weights,
 )
 from glass.device import Processes, autocast
+from glass.loading import Drawing
 from glass.settings import configure, errors_in_one_line
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies, rope_rotation
 
@@ -1557,6 +1569,21 @@ def test_a_text_that_stdout_cannot_write_is_written_with_question_marks(workdir)
     assert checkpoint.saved_steps("out/small") == [3, 6]
 
 
+def test_kept_weights_stay_and_are_those_of_their_step(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--max_iters=8", "--keep_every=2"], capsys)
+    assert checkpoint.kept_steps("out/small") == [2, 4, 6, 8]
+    assert checkpoint.saved_steps("out/small") == [6, 8]
+    whole = [*TINY_RUN, "--max_iters=4", "--lr_decay_iters=6", "--out_dir=out/short"]
+    run_main(train.main, whole, capsys)
+    kept = checkpoint.load("out/small", 4)
+    assert kept["step"] == 4 and "optimizer" not in kept
+    assert_same(kept["model"], checkpoint.load("out/short")["model"])
+    model, tokenizer, state = weights.load_run("out/small", 4)
+    assert state["step"] == 4 and tokenizer.vocab_size == model.config.vocab_size
+    run_main(train.main, [*TINY_RUN, "--overwrite=True"], capsys)
+    assert not list(Path("out/small").glob("kept_*"))
+
+
 def test_files_that_a_kill_left_half_written_are_removed(trained, capsys):
     for name in ("best.tmp", "ckpt_0000009.tmp"):
         Path("out/small", name).write_bytes(b"half")
@@ -2691,7 +2718,7 @@ def ascii_tokenizer():
 def loaded_tiny(**settings):
     tokenizer = ascii_tokenizer()
     model = tiny_model(vocab_size=tokenizer.vocab_size, block_size=256, **settings)
-    return sample.Loaded(model, tokenizer, [], None)
+    return loading.Loaded(model, tokenizer, [], None)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(pos="rope", smear=True, n_kv_head=2)])
@@ -2753,7 +2780,7 @@ def test_a_table_of_pairs_gets_the_bits_that_counting_gives():
     with torch.no_grad():  # a one-hot vector over its root mean square, 1 / sqrt(V)
         model.tok_emb.weight.copy_(torch.eye(V) * 1e3)
         model.head.weight.copy_(torch.tensor(logprobs.T) / math.sqrt(V))
-    loaded = sample.Loaded(model, tokenizer, [], None)
+    loaded = loading.Loaded(model, tokenizer, [], None)
     begin = score.beginning(tokenizer)
     expected = -sum(logprobs[a, b] for a, b in zip([*begin, *ids], ids, strict=False))
     figure = evaluate.measure_text("t", loaded, [text], evaluate.Settings())[0]
@@ -2930,7 +2957,7 @@ def test_planted_contamination_is_found(in_tmp_path):
     text = train_words.tokenizer.decode(tokens_of(train_words, "train").tolist()).split()
     planted = " ".join(["x", *text[700:713], "y"])
     almost = " ".join(["x", *text[700:712], "other", "words"])
-    assert evaluate.contaminated([planted, almost, "short text"], "own") == (1, 2)
+    assert contamination.contaminated([planted, almost, "short text"], "own") == (1, 2)
 
 
 def test_evaluate_measures_what_a_run_was_trained_on(trained, capsys):
@@ -2976,6 +3003,8 @@ def test_evaluate_answers_as_the_task_itself_does(long_base, capsys):
 def test_evaluate_names_what_it_cannot_do(trained, capsys):
     cases = [
         (["--items=none.jsonl"], "items=none.jsonl does not exist"),
+        (["--items=piqa"], "run python prepare.py piqa"),
+        (["--items=nosuch"], "name a file, or one of hellaswag"),
         (["--answers=nothing"], "does not exist"),
         (["--classes=small.jsonl"], "classes needs a classifier"),
         (["--checker=none.py", "--answers=small.txt"], "does not exist"),
@@ -3080,6 +3109,755 @@ def test_the_core_imports_nothing_that_looks_at_it():
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(alias.name for alias in node.names)]
             assert not lookers & {part for name in names for part in name.split(".")}, name
+
+
+# --------------------------------------------------------------------------------------------------- serve.py
+
+
+def save_run(folder, model, tokenizer, step=7, task=None):
+    """A run as training would have left it, with one more checkpoint."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config = dataclasses.asdict(model.config)
+    state = {"model": model.state_dict(), "model_config": config, "optimizer": []}
+    state |= {"tokenizer": tokenizer.to_dict(), "task": task or {}, "settings": {"block_size": 16}}
+    checkpoint.save(folder, step, state, keep=9)
+
+
+class Running:
+    """A server of serve.py in a thread of its own."""
+
+    def __init__(self, *words):
+        import serve
+
+        settings = configure(
+            serve.Settings, ["--port=0", "--device=cpu", "--dtype=float32", *words]
+        )
+        self.process, listening = serve.start(settings)
+        self.server, self.port = self.process.server, listening.getsockname()[1]
+        self.thread = threading.Thread(target=self.process.run, args=[[listening]], daemon=True)
+        self.thread.start()
+
+    def loaded(self, name="base"):
+        """The Loaded model of that name, put into memory if it is not there."""
+        self.ask("POST", "/v1/completions", {"model": name, "prompt": "a", "max_tokens": 1})
+        return self.loaded_now(name)
+
+    def loaded_now(self, name):
+        return self.server.library.find(self.server.library.sources()[name]).loaded
+
+    def client(self, **options):
+        import openai
+
+        address = f"http://127.0.0.1:{self.port}/v1"
+        return openai.OpenAI(
+            **{"base_url": address, "api_key": "none", "max_retries": 0, **options}
+        )
+
+    def ask(self, method, path, body=None, **headers):
+        """(status, headers, content) of one request; content is parsed if it is JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        body = json.dumps(body) if isinstance(body, dict | list) else body
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        is_json = "json" in answer.headers.get("content-type", "")
+        return answer.status, answer.headers, json.loads(content) if is_json else content
+
+    def stop(self):
+        self.server.loop.call_soon_threadsafe(self.server.stop)
+        self.process.should_exit = True
+        self.thread.join(timeout=20)
+        self.server.engine.close()
+
+
+def until(condition, seconds=20):
+    """Wait until condition() holds."""
+    stop_at = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < stop_at, "it never came true"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A server whose out/ holds a base model with two checkpoints, a chat model and a classifier."""
+    pytest.importorskip("uvicorn", reason="serve.py needs starlette and uvicorn")
+    pytest.importorskip("openai")
+    tokenizer = bpe.BPETokenizer.train(TEXT, 300)
+    shape = dict(vocab_size=tokenizer.vocab_size, block_size=64)
+    before, folder = os.getcwd(), tmp_path_factory.mktemp("serve")
+    os.chdir(folder)
+    save_run("out/chat", tiny_model(2, **shape), tokenizer, task={"template": "markers"})
+    labels = {"template": None, "labels": ["ham", "spam"]}
+    save_run("out/classes", tiny_model(3, n_classes=2, **shape), tokenizer, task=labels)
+    save_run("out/base", tiny_model(0, **shape), tokenizer, step=5)
+    save_run("out/base", tiny_model(1, **shape), tokenizer, step=9)
+    server = Running("--out_dir=out/base", "--which=last", "--max_rows=8")
+    yield server
+    server.stop()
+    os.chdir(before)
+
+
+@pytest.fixture
+def client(running):
+    with running.client() as client:
+        yield client
+
+
+def greedy_text(running, prompt, n):
+    """(text, ids) by the model's plain generate."""
+    tokenizer = running.loaded().tokenizer
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    new = running.loaded().model.generate(idx, n, temperature=0)[0, idx.shape[1] :].tolist()
+    return tokenizer.decode(new), new
+
+
+def test_serve_completes_as_the_model_does_streamed_and_not(running, client):
+    expected, _ = greedy_text(running, "To be", 20)
+    options = dict(model="base", prompt="To be", max_tokens=20, temperature=0)
+    whole = client.completions.create(**options)
+    assert whole.choices[0].text == expected and whole.choices[0].finish_reason == "length"
+    n_prompt = len(running.loaded().tokenizer.encode("To be"))
+    used = (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens)
+    assert used == (n_prompt, 20, n_prompt + 20)
+    pieces = list(
+        client.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == expected
+    assert (
+        len(pieces) > 5
+        and pieces[-1].usage == whole.usage
+        and pieces[-2].choices[0].finish_reason == "length"
+    )
+
+
+def test_serve_draws_the_text_of_sample_with_the_same_seed(running, client):
+    loaded = running.loaded()
+    options = dict(temperature=0.9, top_k=20, top_p=0.8, min_p=0.01, repetition_penalty=1.3)
+    extra = {name: options[name] for name in ("top_k", "min_p", "repetition_penalty")}
+    asked = dict(model="base", prompt="or not", max_tokens=15, temperature=0.9, top_p=0.8)
+    made = client.completions.create(**asked, seed=3, n=2, extra_body=extra)
+    idx = torch.tensor([loaded.tokenizer.encode("or not")])
+    for choice in made.choices:  # the second text is drawn with the next seed
+        options["generator"] = torch.Generator().manual_seed(3 + choice.index)
+        new = generate.generate(loaded.model, idx, 15, **options)[0, idx.shape[1] :].tolist()
+        ends = [place for place, token in enumerate(new) if token in loaded.ends]
+        assert choice.text == loaded.tokenizer.decode(new[: ends[0]] if ends else new)
+    texts = [client.completions.create(**asked).choices[0].text for _ in range(2)]
+    assert texts[0] != texts[1]  # without a seed
+
+
+def test_serve_takes_prompts_as_texts_and_ids_and_stops_at_strings(running, client):
+    tokenizer = running.loaded().tokenizer
+    prompts = ["To be", "that is", "question"]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    expected = [greedy_text(running, prompt, 12)[0] for prompt in prompts]
+    for prompt in (prompts, ids):
+        made = client.completions.create(model="base", prompt=prompt, max_tokens=12, temperature=0)
+        assert [choice.text for choice in made.choices] == expected
+        assert [choice.index for choice in made.choices] == [0, 1, 2]
+    one = client.completions.create(model="base", prompt=ids[1], max_tokens=12, temperature=0)
+    assert one.choices[0].text == expected[1]
+    stop = expected[0][5:8]
+    options = dict(model="base", prompt="To be", max_tokens=12, temperature=0, stop=["@@", stop])
+    made = client.completions.create(**options).choices[0]
+    assert made.text == expected[0][: expected[0].index(stop)] and made.finish_reason == "stop"
+    pieces = client.completions.create(**options, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == made.text
+
+
+def test_serve_ends_a_text_at_the_block_and_names_both_numbers(running, client):
+    import openai
+
+    made = client.completions.create(model="base", prompt=[5] * 60, max_tokens=50)
+    assert made.choices[0].finish_reason == "length" and made.usage.completion_tokens == 4
+    with pytest.raises(openai.BadRequestError, match="65 tokens .* 64") as error:
+        client.completions.create(model="base", prompt=[5] * 65)
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="64 tokens"):
+        client.completions.create(model="base", prompt=[5] * 64)
+    scored = client.completions.create(
+        model="base", prompt=[5] * 64, echo=True, logprobs=0, max_tokens=0
+    )
+    assert len(scored.choices[0].logprobs.tokens) == 64
+
+
+def test_serve_scores_lists_of_ids_as_the_model_does(running, client):
+    """As lm-evaluation-harness asks: echo, logprobs=1, max_tokens=1, prompts of several lengths."""
+    torch.manual_seed(0)
+    prompts = [torch.randint(0, 256, (n,)).tolist() for n in (2, 63, 17, 17, 1, 40)]
+    best_after = running.loaded().model(torch.tensor([prompts[1]]))[0][0].argmax(-1)
+    prompts[1][5] = int(best_after[4])  # at least one token is the likeliest
+    made = client.completions.create(
+        model="base", prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1
+    )
+    n_greedy = 0
+    for ids, choice in zip(prompts, made.choices, strict=True):
+        logprobs = (
+            running.loaded().model(torch.tensor([ids]))[0][0].detach().log_softmax(-1)
+        )  # (T, V)
+        expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        found = choice.logprobs
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert len(found.token_logprobs) == len(ids) + 1
+        # sums in another order than in one full pass
+        assert found.token_logprobs[1:-1] == pytest.approx(expected, abs=1e-5)
+        assert found.token_logprobs[-1] == pytest.approx(float(logprobs[-1].max()), abs=1e-5)
+        is_likeliest = [
+            a == max(top.values())
+            for a, top in zip(found.token_logprobs[1:], found.top_logprobs[1:], strict=True)
+        ]
+        assert is_likeliest[:-1] == (logprobs[:-1].argmax(-1) == torch.tensor(ids[1:])).tolist()
+        n_greedy += sum(is_likeliest[:-1])
+    assert n_greedy >= 1
+
+
+def test_serve_names_tokens_and_their_places(running, client):
+    tokenizer = running.loaded().tokenizer
+    prompt = "be é or"  # é is two tokens here
+    made = client.completions.create(
+        model="base", prompt=prompt, echo=True, logprobs=3, max_tokens=0
+    )
+    found = made.choices[0].logprobs
+    assert made.choices[0].text == prompt and made.usage.completion_tokens == 0
+    assert [len(top) in (3, 4) for top in found.top_logprobs[1:]] == [True] * (
+        len(found.tokens) - 1
+    )
+    assert "bytes:\\xc3" in found.tokens and "bytes:\\xa9" in found.tokens
+    for token, place in zip(found.tokens, found.text_offset, strict=True):
+        assert token.startswith("bytes:") or prompt[place:].startswith(token)
+    assert len(tokenizer.encode(prompt)) == len(found.tokens)
+
+
+def test_serve_chats_in_the_models_own_template(running, client):
+    messages = [
+        {
+            "role": "system",
+            "content": [{"type": "text", "text": "To "}, {"type": "text", "text": "be"}],
+        },
+        {"role": "user", "content": "or not"},
+    ]
+    options = dict(model="chat", messages=messages, max_completion_tokens=12, temperature=0)
+    made = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    loaded = running.loaded("chat")
+    texts = [{**messages[0], "content": "To be"}, messages[1]]
+    ids = chat.encode_chat(loaded.tokenizer, texts, "markers", reply=True)[0]
+    new = loaded.model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
+    ends = [i for i, token in enumerate(new) if token in loaded.ends]
+    text = loaded.tokenizer.decode(new[: ends[0]] if ends else new)
+    choice = made.choices[0]
+    assert choice.message.content == text and choice.message.role == "assistant"
+    assert made.usage.prompt_tokens == len(ids)
+    assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [
+        2
+    ] * made.usage.completion_tokens
+    logits = loaded.model(torch.tensor([ids]))[0][0, -1]
+    first = choice.logprobs.content[0]
+    assert first.logprob == pytest.approx(float(logits.detach().log_softmax(-1).max()), abs=1e-5)
+    assert first.logprob == first.top_logprobs[0].logprob
+    pieces = list(client.chat.completions.create(**options, n=2, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    for index in (0, 1):
+        parts = [c for piece in pieces for c in piece.choices if c.index == index]
+        assert "".join(part.delta.content or "" for part in parts) == text
+        assert parts[-1].finish_reason == choice.finish_reason
+
+
+def test_serve_continues_the_text_of_a_chat_with_a_base_model(running, client):
+    made = client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "To be"}], max_tokens=9, temperature=0
+    )
+    assert made.choices[0].message.content == greedy_text(running, "To be", 9)[0]
+
+
+def test_serve_sends_a_character_that_is_cut_across_chunks_whole(running, client, monkeypatch):
+    planned = running.loaded().tokenizer.encode("é✓🙂 be é")
+    assert len(planned) > 10  # each of the characters is several tokens
+    coming = iter(planned)
+    monkeypatch.setattr(batch, "sample", lambda logits, **how: torch.tensor([next(coming)]))
+    options = dict(model="base", max_tokens=len(planned), stream=True)
+    texts = [piece.choices[0].text for piece in client.completions.create(prompt="a", **options)]
+    assert "".join(texts) == "é✓🙂 be é" and not any("\ufffd" in text for text in texts)
+    coming = iter(planned)
+    messages = [{"role": "user", "content": "a"}]
+    pieces = client.chat.completions.create(messages=messages, **options)
+    texts = [piece.choices[0].delta.content or "" for piece in pieces]
+    assert "".join(texts) == "é✓🙂 be é" and not any("\ufffd" in text for text in texts)
+
+
+def test_serve_lists_models_and_loads_the_one_that_is_named(running, client):
+    import openai
+
+    names = {model.id for model in client.models.list()}
+    assert names == {"base", "base@5", "base@9", "chat", "chat@7", "classes", "classes@7"}
+    assert client.models.retrieve("base@5").id == "base@5"
+    texts = {}
+    for name in ("base@5", "base@9", "chat", "base"):
+        made = client.completions.create(model=name, prompt="To be", max_tokens=9, temperature=0)
+        texts[name] = made.choices[0].text
+        assert made.model == name and len(running.server.library.served) <= 2
+    assert texts["base@5"] != texts["base@9"] == texts["base"] != texts["chat"]
+    paths = ["out/base", "/etc/passwd", "../base", "base@6", "base@../5", "", "a\0b", "x" * 5000]
+    for name in paths:
+        with pytest.raises(openai.NotFoundError) as error:
+            client.completions.create(model=name, prompt="a")
+        assert len(str(error.value)) < 500
+    assert running.ask("GET", "/v1/models/..%2Fbase")[0] == 404
+    made = running.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1})[2]
+    assert made["model"] == "base"  # where no model is named
+
+
+def test_serve_says_that_a_model_does_not_fit_into_memory(running, client, monkeypatch):
+    import openai
+
+    from glass import library
+
+    client.completions.create(model="base", prompt="a")
+    monkeypatch.setattr(library, "free_memory", lambda device: 1 << 10)
+    with pytest.raises(openai.InternalServerError, match="classes needs about .* MiB") as error:
+        client.completions.create(model="classes", prompt="a")
+    assert error.value.status_code == 503
+    monkeypatch.undo()
+    assert client.completions.create(model="base", prompt="a").model == "base"
+
+
+def test_serve_loads_a_model_only_when_the_others_answers_have_ended(running, client):
+    client.completions.create(model="chat", prompt="a")
+    client.completions.create(model="base", prompt="a")
+    streams = [
+        client.completions.create(model=name, prompt="a", max_tokens=60, temperature=0, stream=True)
+        for name in ("base", "chat")
+    ]
+    made = client.completions.create(model="classes", prompt="a", max_tokens=2)
+    assert made.model == "classes"
+    for stream in streams:
+        assert list(stream)[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def test_serve_names_classes(running):
+    status, _, answer = running.ask(
+        "POST", "/v1/classify", {"model": "classes", "input": ["To be", "or not to be"]}
+    )
+    assert status == 200 and [row["index"] for row in answer["data"]] == [0, 1]
+    loaded = running.loaded("classes")
+    ids, _ = chat.encode_for_class(loaded.tokenizer, "To be", 16)
+    idx, lengths = torch.tensor([ids]), torch.tensor([len(ids)])
+    expected = loaded.model.classify(idx, lengths)[0].softmax(-1).tolist()
+    assert answer["data"][0]["probs"] == pytest.approx(expected, abs=1e-6)
+    assert answer["data"][0]["label"] == ["ham", "spam"][expected.index(max(expected))]
+    status, _, answer = running.ask("POST", "/v1/classify", {"model": "base", "input": "To be"})
+    assert status == 422 and "--task=classify" in answer["error"]["message"]
+    assert running.ask("POST", "/v1/classify", {"model": "classes", "input": " "})[0] == 400
+
+
+def test_serve_has_the_tokenizer_that_lm_evaluation_harness_asks_for(running):
+    tokenizer = running.loaded().tokenizer
+    info = running.ask("GET", "/tokenizer_info?model=base")[2]
+    assert info["eos_token"] == bpe.END_OF_TEXT and info["bos_token"] is None
+    assert info["model_max_length"] == 64
+    body = {"prompt": bpe.END_OF_TEXT, "add_special_tokens": False}
+    end = running.ask("POST", "/tokenize", body)[2]
+    assert end["tokens"] == [tokenizer.special_tokens[bpe.END_OF_TEXT]]
+    ids = running.ask("POST", "/tokenize", {"prompt": "To be, é"})[2]["tokens"]
+    assert ids == tokenizer.encode("To be, é")
+    assert running.ask("POST", "/detokenize", {"tokens": ids})[2] == {"prompt": "To be, é"}
+    assert running.ask("POST", "/detokenize", {"tokens": [10**9]})[0] == 400
+
+
+def test_serve_answers_32_requests_at_once_as_each_alone(running):
+    rng = np.random.default_rng(0)
+    requests = []
+    for i in range(32):
+        prompt = rng.integers(0, 256, rng.integers(1, 50)).tolist()
+        n_new, temperature = int(rng.integers(1, 40)), float(i % 2)
+        requests.append(dict(prompt=prompt, max_tokens=n_new, seed=i, temperature=temperature))
+
+    def answer(request):
+        return running.ask("POST", "/v1/completions", {"model": "base", **request})[2]["choices"][0]
+
+    alone = list(map(answer, requests))
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(answer, requests))
+    assert alone == together
+    until(lambda: running.server.n_rows == 0)
+
+
+def test_a_long_prompt_does_not_stall_the_others_for_more_than_a_piece(running, monkeypatch):
+    monkeypatch.setattr(batch, "PIECE", 8)
+    rows, loaded = [], running.loaded()
+    for n in (3, 60):
+        text = generate.TextStream(loaded.tokenizer, [])
+        drawing = Drawing(temperature=0.0)
+        rows.append(batch.Row(list(range(n)), 4 if n == 60 else 40, drawing, text))
+    own = batch.Batch(loaded, 4)
+    own.waiting.append(rows[0])
+    events = [event for _ in range(2) for events in own.advance() for event in events]
+    assert len(events) == 3
+    own.waiting.append(rows[1])
+    widths = []
+    hidden = loaded.model.hidden
+    monkeypatch.setattr(
+        loaded.model, "hidden", lambda idx, cache: (widths.append(idx.shape), hidden(idx, cache))[1]
+    )
+    while own.has_work:
+        list(own.advance())
+    pieces = [width for width in widths if width[1] > 1]
+    assert pieces == [(1, 8)] * 7 + [(1, 4)]
+    first = widths.index((1, 8))
+    assert widths[first : first + 16 : 2] == pieces  # a token of the other row after each piece
+
+
+def test_a_client_that_goes_away_frees_its_row(running, client):
+    stream = client.completions.create(
+        model="base", prompt="a", n=4, max_tokens=60, temperature=0, stream=True
+    )
+    next(iter(stream))
+    slow = threading.Event()
+    running.server.engine.call(lambda: slow.wait(5))  # the rows cannot end by themselves meanwhile
+    assert running.server.n_rows == 4
+    stream.close()
+    until(lambda: running.server.n_rows == 0)
+    slow.set()
+    running.server.engine.call(lambda: None).result()
+    running.server.engine.call(lambda: None).result()
+    assert not any(served.batch.rows for served in running.server.library.served)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port)  # the same without a stream
+    body = {"model": "base", "prompt": "a", "max_tokens": 60, "n": 8}
+    slow.clear()
+    running.server.engine.call(lambda: slow.wait(5))
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    until(lambda: running.server.n_rows == 8)
+    connection.close()
+    until(lambda: running.server.n_rows == 0)
+    slow.set()
+
+
+def test_serve_goes_on_where_a_step_fails(running, client, monkeypatch):
+    import openai
+
+    def fail(ids, cache):
+        raise RuntimeError("out of memory")
+
+    options = dict(model="base", prompt="a", max_tokens=9, temperature=0)
+    expected = client.completions.create(**options).choices[0].text
+    monkeypatch.setattr(running.loaded().model, "decode", fail)
+    with pytest.raises(openai.InternalServerError, match="the model failed") as error:
+        client.completions.create(**options)
+    assert error.value.status_code == 503
+    with pytest.raises(openai.APIError, match="the model failed"):
+        list(client.completions.create(**options, stream=True))
+    monkeypatch.undo()
+    assert client.completions.create(**options).choices[0].text == expected
+    assert running.server.n_rows == 0
+
+
+GOOD = {"model": "base", "prompt": "a", "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("completions", "{", 400, "not JSON"),
+        ("completions", "[" * 100_000, 400, "not JSON"),
+        ("completions", "[1]", 400, "is a list"),
+        ("completions", b"\xff\xfe", 400, "not JSON"),
+        ("completions", '{"prompt": "a", "temperature": NaN}', 400, "not JSON"),
+        ("completions", {**GOOD, "prompt": "\ud800"}, 400, "surrogate"),
+        ("completions", {"model": "base"}, 400, "prompt=null"),
+        ("completions", {**GOOD, "prompt": []}, 400, "prompt"),
+        ("completions", {**GOOD, "prompt": [[]]}, 400, "ids from 0 to"),
+        ("completions", {**GOOD, "prompt": [-1]}, 400, "ids from 0 to"),
+        ("completions", {**GOOD, "prompt": [10**30]}, 400, "ids from 0 to"),
+        ("completions", {**GOOD, "prompt": [True]}, 400, "prompt"),
+        ("completions", {**GOOD, "prompt": {"a": 1}}, 400, "prompt"),
+        ("completions", {**GOOD, "model": 3}, 400, "model=3 must be a str"),
+        ("completions", {**GOOD, "max_tokens": -1}, 400, "max_tokens=-1"),
+        ("completions", {**GOOD, "max_tokens": 1.5}, 400, "max_tokens=1.5"),
+        ("completions", {**GOOD, "temperature": -1}, 400, "temperature=-1"),
+        ("completions", {**GOOD, "temperature": 1e-9}, 400, "temperature"),
+        ("completions", {**GOOD, "temperature": "hot"}, 400, "temperature"),
+        ("completions", {**GOOD, "top_p": 2}, 400, "top_p=2"),
+        ("completions", {**GOOD, "n": 0}, 400, "n=0"),
+        ("completions", {**GOOD, "n": 129}, 400, "n=129"),
+        ("completions", {**GOOD, "prompt": ["a"] * 65, "n": 2}, 400, "at most 128"),
+        ("completions", {**GOOD, "stop": [""]}, 400, "stop"),
+        ("completions", {**GOOD, "stop": 3}, 400, "stop"),
+        ("completions", {**GOOD, "logprobs": 21}, 400, "logprobs=21"),
+        ("completions", {**GOOD, "max_token": 5}, 400, "did you mean max_tokens"),
+        (
+            "completions",
+            {**GOOD, "presence_penalty": 0.5},
+            400,
+            "presence_penalty is not supported",
+        ),
+        ("completions", {**GOOD, "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ("completions", {**GOOD, "prompt": "a" * 100_000}, 400, "100000 characters"),
+        ("chat/completions", {"model": "base"}, 400, "messages"),
+        ("chat/completions", {"model": "base", "messages": [3]}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, 400, "role"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "content"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "type text",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            400,
+            "tools",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            400,
+            "logprobs",
+        ),
+        (
+            "chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "response_format": {"type": "json_object"},
+            },
+            400,
+            "response_format",
+        ),
+        ("classify", {"model": "classes", "input": []}, 400, "input"),
+        ("nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_serve_refuses_what_cannot_be_in_openais_form(running, path, body, status, says):
+    body = json.dumps(body) if isinstance(body, dict) else body
+    found, headers, answer = running.ask("POST", f"/v1/{path}", body)
+    error = answer["error"]
+    assert found == status and says in error["message"] and "\n" not in error["message"], answer
+    assert error.keys() == {"message", "type", "param", "code"} and len(error["message"]) < 400
+
+
+def test_serve_takes_what_changes_nothing(running, client):
+    made = client.chat.completions.create(
+        model="base",
+        messages=[{"role": "user", "content": "a", "name": "me"}],
+        max_tokens=1,
+        user="me",
+        metadata={"a": "b"},
+        tools=[],
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        logit_bias={},
+        response_format={"type": "text"},
+        tool_choice="none",
+        store=False,
+        extra_body={"top_k": -1, "min_p": 0, "best_of": None},
+    )
+    assert made.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:8000"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "localhost"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Host": "localhost:7", "Origin": "http://localhost:7"}, 200),
+    ],
+)
+def test_serve_talks_to_no_page_of_another_origin(running, headers, status):
+    for path in ("/health", "/v1/models"):
+        assert running.ask("GET", path, **headers)[0] == status
+
+
+def test_serve_refuses_a_body_that_is_too_large(running):
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = 100 << 20
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Length", str(size))
+    connection.endheaders()
+    piece = b" " * (1 << 20)
+    for _ in range(size // len(piece)):
+        connection.send(piece)
+    answer = connection.getresponse()
+    error = json.loads(answer.read())["error"]
+    assert answer.status == 413 and "8388608 bytes" in error["message"]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert grown < 40 << 20  # it was not kept
+
+
+def test_serve_asks_for_the_key(running, tmp_path):
+    import openai
+
+    os.chdir(running.server.library.root)
+    locked = Running(
+        "--out_dir=out/base", "--api_key=sesame", "--max_queue=2", "--allow_host", "my.example"
+    )
+    try:
+        assert locked.ask("GET", "/v1/models", Host="my.example")[0] == 401
+        assert locked.ask("GET", "/v1/models", Authorization="Bearer sesam")[0] == 401
+        assert locked.ask("GET", "/v1/models", Authorization="Bearer sesamé".encode())[0] == 401
+        assert locked.ask("GET", "/v1/models", Authorization="Bearer sesame")[0] == 200
+        assert locked.ask("GET", "/health")[0] == locked.ask("GET", "/")[0] == 200
+        with pytest.raises(openai.AuthenticationError):
+            locked.client().completions.create(model="base", prompt="a")
+        made = locked.client(api_key="sesame").completions.create(
+            model="base", prompt="a", max_tokens=2
+        )
+        assert made.usage.completion_tokens == 2
+        with pytest.raises(openai.RateLimitError, match="max_queue=2"):
+            locked.client(api_key="sesame").completions.create(model="base", prompt="a", n=3)
+    finally:
+        locked.stop()
+
+
+def test_serve_describes_runs_for_the_page(running):
+    Path(running.server.library.root, "out/base/metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "tokens": i, "loss": 1.0}) + "\n" for i in range(1, 1502))
+    )
+    [base] = [run for run in running.ask("GET", "/runs")[2]["runs"] if run["name"] == "base"]
+    assert base["steps"] == [5, 9] and base["is_training"] is False and base["has_best"] is False
+    steps = [line["step"] for line in base["metrics"]]
+    assert len(steps) <= 500 and steps[-1] == 1501 and steps == sorted(steps)
+    held = files.lock(Path(running.server.library.root, "out/base"))
+    try:
+        [base] = [run for run in running.ask("GET", "/runs")[2]["runs"] if run["name"] == "base"]
+        assert base["is_training"] is True
+    finally:
+        held.release()
+
+
+def test_serve_traces_on_the_models_thread(running, monkeypatch):
+    from glass import looking
+
+    def respond(loaded, request, other=None):
+        if request.get("bad"):
+            raise ValueError("bad=1 must be 0")
+        names = [threading.current_thread().name, loaded is running.loaded_now("base")]
+        return {"request": request, "names": names, "differs": other is not loaded}
+
+    real = looking.respond
+    monkeypatch.setattr(looking, "respond", respond)
+    body = {"model": "base", "other": "base@5", "text": "a"}
+    status, _, answer = running.ask("POST", "/trace", body)
+    assert answer == {"request": body, "names": ["engine", True], "differs": True}
+    assert running.ask("POST", "/trace", {"model": "base", "bad": 1})[0] == 400
+    assert running.ask("POST", "/trace", {"model": "base", "other": "nobody"})[0] == 404
+    monkeypatch.setattr(looking, "respond", real)
+    body = {"model": "base", "other": "base@5", "text": "To be", "parts": ["surprise", "compare"]}
+    status, _, answer = running.ask("POST", "/trace", body)
+    assert status == 200 and len(answer["compare"]["logprob"]) == len(answer["ids"])
+    assert running.ask("POST", "/trace", body | {"parts": ["none"]})[0] == 400
+
+
+def test_serve_gives_the_page_a_policy_with_a_nonce(running):
+    nonces = set()
+    for _ in range(2):
+        status, headers, content = running.ask("GET", "/")
+        found = re.findall('<(?:script|style) nonce="([^"]+)">', content.decode())
+        assert len(found) == 2 and len(set(found)) == 1
+        policy = headers["content-security-policy"]
+        assert f"script-src 'self' 'nonce-{found[0]}'" in policy
+        assert policy.startswith("default-src 'self'") and "unsafe" not in policy
+        nonces.add(found[0])
+    assert len(nonces) == 2
+
+
+def test_serve_tells_the_page_of_a_model_and_of_the_code(running):
+    status, _, info = running.ask("GET", "/info?model=base")
+    assert status == 200 and info["model"] == "base" and info["n_layer"] >= 1
+    assert running.ask("GET", "/info?model=../x")[0] == 404
+    for view in re.findall(
+        r'^  \["(\w+)", "', (HERE / "glass/page.html").read_text(), re.MULTILINE
+    ):
+        status, _, found = running.ask("GET", f"/source/{view}")
+        assert status == 200 and all("def " in one["lines"] for one in found["sources"]), view
+    assert running.ask("GET", "/source/nothing")[0] == 404
+    assert running.ask("POST", "/faq", {"question": "a"})[0] == 404
+
+
+def test_the_answers_of_a_file_are_found_by_the_words_of_the_question(in_tmp_path):
+    from glass.page import Faq
+
+    rows = [
+        {"question": "How do I train a model?", "answer": "python train.py"},
+        {"question": "How do I sample text?", "answer": "python sample.py"},
+        {"question": "What is a token?", "answer": "a piece of text"},
+    ]
+    Path("faq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    faq = Faq("faq.jsonl")
+    for row in rows:
+        score, found = faq.find(row["question"].lower())
+        assert found["answer"] == row["answer"] and score == pytest.approx(1)
+    score, found = faq.find("train a model, how?")
+    assert found["answer"] == "python train.py" and 0.6 < score < 1
+    assert faq.find("completely unrelated")[0] == 0
+    Path("bad.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl line 1 has no answer"):
+        Faq("bad.jsonl")
+
+
+@needs_unix
+def test_serve_ends_running_answers_at_ctrl_c_and_logs_no_prompt(running):
+    root = running.server.library.root
+    command = [
+        sys.executable,
+        str(HERE / "serve.py"),
+        "--out_dir=out/base",
+        "--port=0",
+        "--device=cpu",
+    ]
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        line = child.stdout.readline()
+        assert re.match(
+            r"base \([\d,]+ parameters, float32 on cpu\) answers at http://127.0.0.1:\d+/v1", line
+        )
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", int(re.search(r":(\d+)/v1", line)[1]), timeout=30
+        )
+        body = {"prompt": "secret", "max_tokens": 50, "stream": True}
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body), {"Authorization": "Bearer hidden"}
+        )
+        answer = connection.getresponse()
+        answer.readline()
+        child.send_signal(signal.SIGINT)
+        rest = answer.read().decode()
+        assert re.search('"finish_reason":"(length|stop)"', rest) and rest.endswith("[DONE]\n\n")
+        _, errors = child.communicate(timeout=20)
+    assert child.returncode == 0 and "Traceback" not in errors
+    assert "secret" not in errors and "hidden" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--host=0.0.0.0"], "give --api_key=KEY"),
+        (["--port=99999"], "port=99999 must lie in"),
+        (["--models", "nowhere"], "models=nowhere is no folder"),
+        (["--out_dir=nowhere"], "holds no checkpoint"),
+    ],
+)
+def test_bad_settings_of_serve_are_one_line_and_status_2(in_tmp_path, capsys, words, says):
+    serve = pytest.importorskip("serve")
+    status, _, err = run_main(serve.main, words, capsys)
+    assert status == 2 and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_serve_without_its_packages_is_one_line(in_tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.modules['uvicorn'] = None; import serve"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install starlette uvicorn" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------ glass/settings.py
@@ -3885,6 +4663,288 @@ def test_the_plain_generate_is_the_reference_of_the_fast_one():
     likeliest = model(idx)[0][:, -1].topk(2).indices
     drawn = torch.stack([model.generate(idx, 1, top_k=2)[:, -1] for _ in range(40)])
     assert all(set(drawn[:, row].tolist()) == set(likeliest[row].tolist()) for row in range(3))
+
+
+# ------------------------------------------------------------------------------- glass/trace.py, looking, matches
+
+TRACED = [
+    dict(),
+    dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2),
+    dict(pos="rope", qk_norm=True, smear=True, embed_skip=True, mlp="gelu_exact"),
+    dict(bias=True),
+    dict(lora_rank=2),
+    dict(tie_weights=False, mlp="relu2", n_kv_head=1),
+    dict(n_classes=3),
+    dict(n_layer=0),
+]
+
+
+def has_hooks(model):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("settings", TRACED)
+def test_a_trace_changes_nothing_and_sums_to_the_logit(settings):
+    model, idx = tiny_model(**settings), torch.arange(3, 23)
+    plain = model(idx[None])[0][0].detach()
+    found = trace.trace(model, idx)
+    assert torch.equal(found.logits, plain) and not has_hooks(model)
+    if model.blocks:
+        maps = model.attention_maps(idx[None])  # (L, 1, H, T, T)
+        for layer in range(2):
+            weights = found.attention(layer)
+            torch.testing.assert_close(weights, maps[layer, 0], atol=1e-6, rtol=0)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(4, 20))
+    ids, logprobs, ranks = trace.lens(found, [0, 7, 19], 5)
+    assert ids.shape == (2 * len(model.blocks) + 1, 3, 5)
+    expected = plain[[0, 7, 19]].log_softmax(-1)
+    torch.testing.assert_close(logprobs[-1], expected.topk(5).values, atol=1e-5, rtol=0)
+    came = torch.tensor([idx[1], idx[8], plain[19].argmax()])
+    better = (expected > expected.gather(1, came[:, None])).sum(1)
+    assert ranks[-1].tolist() == better.tolist()
+    for position in (0, 7, 19):
+        token = 1 if model.classifier else 11
+        heads, mlps, others = trace.pushes(found, position, token)
+        logit = plain[position, token]
+        if model.classifier:
+            logit = model.classify(idx[None], torch.tensor([position + 1]))[0, token]
+        total = float(heads.sum() + mlps.sum()) + sum(others.values())
+        assert total == pytest.approx(float(logit), abs=1e-4)
+        by_token = trace.token_pushes(found, position, token)
+        assert float(by_token.sum()) == pytest.approx(float(heads.sum()), abs=1e-4)
+        assert by_token[position + 1 :].abs().max() == 0 if position < 19 else True
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_trace_of_fast_products_sums_to_the_logit(quantize):
+    model, idx = tiny_model(pos="rope", n_kv_head=2), torch.arange(3, 23)
+    generate.speed_up(model, quantize)
+    found = trace.trace(model, idx)
+    heads, mlps, others = trace.pushes(found, 19, 11)
+    total = float(heads.sum() + mlps.sum()) + sum(others.values())
+    tolerance = 1e-4 if quantize is None else 0.05  # int8 products round x to bfloat16 on a CPU
+    assert total == pytest.approx(float(found.logits[19, 11]), abs=tolerance)
+
+
+def test_heads_and_mlps_that_are_off_write_nothing():
+    model, idx = tiny_model(bias=True), torch.arange(20)[None]
+    with torch.no_grad():
+        plain = model(idx)[0]
+        off = torch.zeros(2, 5, dtype=torch.bool)
+        with trace.switched_off(model, off):
+            assert torch.equal(model(idx)[0], plain)
+        off[1, 2] = True
+        with trace.switched_off(model, off):
+            without = model(idx)[0]
+        kept = model.blocks[1].attn.o_proj.weight.clone()
+        model.blocks[1].attn.o_proj.weight[:, 16:24] = 0  # what head 2 of four reads
+        torch.testing.assert_close(without, model(idx)[0], atol=1e-5, rtol=0)
+        model.blocks[1].attn.o_proj.weight.copy_(kept)
+        off[:], off[0, 4] = False, True
+        with trace.switched_off(model, off):
+            without = model(idx)[0]
+        for name, weight in model.blocks[0].mlp.named_parameters():
+            if name.startswith("down_proj"):
+                weight.zero_()
+        torch.testing.assert_close(without, model(idx)[0], atol=1e-5, rtol=0)
+    assert not has_hooks(model)
+    with pytest.raises(RuntimeError), trace.switched_off(model, off):
+        raise RuntimeError
+    assert not has_hooks(model)
+
+
+def test_a_planted_induction_head_and_a_previous_token_head_are_found():
+    """Layer 0 writes the token before into channels of its own; layer 1 looks for its own token there."""
+    V, T = 16, 32
+    shape = dict(vocab_size=V, block_size=T, n_layer=2, n_head=1, head_dim=64, n_inner=4)
+    model = GPT(GPTConfig(n_embd=2 * V + T, norm="rmsnorm", tie_weights=False, **shape)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.zero_()
+        model.tok_emb.weight[:, :V] = torch.eye(V)
+        model.pos_emb.weight[:, 2 * V :] = torch.eye(T)
+        first, second = model.blocks[0].attn, model.blocks[1].attn
+        # the query of position t is the key of position t - 1
+        first.q_proj.weight[:T, 2 * V :] = 30 * torch.eye(T)
+        first.k_proj.weight[1:T, 2 * V : 2 * V + T - 1] = 30 * torch.eye(T - 1)
+        first.v_proj.weight[:V, :V] = torch.eye(V)
+        first.o_proj.weight[V : 2 * V, :V] = torch.eye(V)
+        # a token looks for positions whose token before is itself
+        second.q_proj.weight[:V, :V] = 30 * torch.eye(V)
+        second.k_proj.weight[:V, V : 2 * V] = 30 * torch.eye(V)
+    previous, induction, first = trace.head_badges(model)
+    assert previous[0, 0] > 0.95 and induction[0, 0] < 0.2
+    assert (
+        induction[1, 0] > 0.5 and previous[1, 0] < 0.2
+    )  # a token that occurs three times halves it
+    assert first.max() < 0.3
+
+
+def looked(loaded, *parts, **request):
+    return looking.respond(loaded, {"parts": list(parts), **request})
+
+
+def decoded(matrix):
+    values = np.frombuffer(base64.b64decode(matrix["base64"]), np.uint8).reshape(matrix["shape"])
+    return values * matrix["scale"]
+
+
+def test_what_is_looked_at_is_json_and_the_models_own_numbers():
+    loaded, text = loaded_tiny(pos="rope"), "To be, or not to be"
+    L, H, T, V = 2, 4, len(text), loaded.tokenizer.vocab_size
+    parts = [part for part in looking.PARTS if part not in ("compare", "matches", "class")]
+    mask = [[True] + [False] * H] * L
+    found = looked(loaded, *parts, text=text, k=3, mask=mask, position=5)
+    json.dumps(found, allow_nan=False)
+    ids = loaded.tokenizer.encode(text)
+    logits = loaded.model(torch.tensor([ids]))[0][0].detach()
+    logprobs = logits.log_softmax(-1)
+    assert found["ids"] == ids and [token["text"] for token in found["tokens"]["tokens"]] == list(
+        text
+    )
+    came = [float(logprobs[t - 1, ids[t]]) for t in range(1, T)]
+    assert found["surprise"]["logprob"][1:] == pytest.approx(came, abs=1e-5)
+    entropy = -(logprobs.exp() * logprobs).sum(1)[:-1]
+    assert found["surprise"]["entropy"][1:] == pytest.approx(entropy.tolist(), abs=1e-4)
+    assert found["likeliest"]["ids"] == logits.topk(3).indices.tolist()
+    row = np.frombuffer(base64.b64decode(found["logits"]["row"]), "<f4")
+    np.testing.assert_array_equal(row, logits[5].numpy())
+    weights = loaded.model.attention_maps(torch.tensor([ids]))[0, 0]
+    shown = decoded(found["attention"]["matrix"])
+    assert (
+        np.abs(shown - weights[0].numpy()).max() <= found["attention"]["matrix"]["scale"] / 2 + 1e-6
+    )
+    assert found["thumbnails"]["maps"]["shape"] == [H, T, T]
+    assert found["lens"]["ids"][-1] == logits.topk(3).indices.tolist()
+    pushed = found["pushes"]
+    total = sum(map(sum, pushed["heads"])) + sum(pushed["mlps"]) + sum(pushed["others"].values())
+    assert pushed["token"] == ids[6] and total == pytest.approx(pushed["logit"], abs=1e-4)
+    with trace.switched_off(loaded.model, torch.tensor(mask)):
+        off = loaded.model(torch.tensor([ids]))[0][0].detach().log_softmax(-1)
+    assert found["switched_off"]["logprob"][3] == pytest.approx(float(off[2, ids[3]]), abs=1e-5)
+    assert np.array(found["badges"]["induction"]).shape == (L, H) and V == len(row)
+
+
+def test_the_merges_of_a_word_are_shown(trained_on_runs):
+    word = "to be"
+    steps = looking.merged_words(trained_on_runs, word)
+    assert [one["word"] for one in steps] == ["to", " be"]
+    assert steps[0]["steps"][0] == ["t", "o"]
+    assert all("".join(step) == one["word"] for one in steps for step in one["steps"])
+
+
+BAD_REQUESTS = [
+    ({"text": "To", "parts": ["nothing"]}, "must be a list of tokens"),
+    ({"text": "To", "parts": []}, "must be a list of tokens"),
+    ({"parts": ["tokens"]}, "either text, ids or messages"),
+    ({"text": "To", "ids": [1], "parts": ["tokens"]}, "either text, ids or messages"),
+    ({"text": "Ü", "parts": ["tokens"]}, "does not know 'Ü'"),
+    ({"text": "", "parts": ["tokens"]}, "has 0 tokens"),
+    ({"text": "a" * 300, "parts": ["tokens"]}, "has 300 tokens"),
+    ({"ids": [10**6], "parts": ["tokens"]}, "must be a list of ids"),
+    ({"ids": [True], "parts": ["tokens"]}, "must be a list of ids"),
+    ({"text": "To", "parts": ["lens"], "positions": [2]}, "positions=[2]"),
+    ({"text": "To", "parts": ["attention"], "head": 4}, "head=4"),
+    ({"text": "To", "parts": ["attention"], "by_value": 1}, "by_value=1"),
+    ({"text": "To", "parts": ["pushes"], "token": -1}, "token=-1"),
+    ({"text": "To", "parts": ["likeliest"], "k": 10**9}, "k=1000000000"),
+    ({"text": "To", "parts": ["switched_off"], "mask": [[1]]}, "mask="),
+    ({"text": "To", "parts": ["compare"]}, "another model"),
+    ({"text": "To", "parts": ["matches"], "dataset": "../etc"}, "is no prepared text"),
+    ({"text": "To", "parts": ["class"]}, "needs a classifier"),
+    ({"text": "To", "parts": ["tokens"], "path": "/etc"}, "path is no key"),
+]
+
+
+@pytest.mark.parametrize(("body", "says"), BAD_REQUESTS)
+def test_a_request_that_is_not_as_it_should_be_is_refused(body, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        looking.respond(loaded_tiny(), body)
+
+
+def test_matches_in_the_training_data_agree_with_a_naive_search(in_tmp_path):
+    rng = np.random.default_rng(4)
+    words = ["to ", "be ", "or ", "not ", "that "]
+    Path("a.txt").write_text("".join(words[i] for i in rng.integers(5, size=900)))
+    make("own", "a.txt", shard_tokens=1000)
+    dataset = shards.open_dataset("own")
+    corpus = tokens_of(dataset, "train").tolist()
+    assert len(dataset.splits["train"]) > 1  # a match may cross from one shard to the next
+    text = dataset.tokenizer.decode(corpus[500:520]) + "be be be be tottot"
+    ids = dataset.tokenizer.encode(text)
+    index = matches.open_index("own")
+    found = matches.longest_matches(index, ids)
+
+    def count(part):
+        n = len(part)
+        return sum(corpus[i : i + n] == part for i in range(len(corpus) - n + 1))
+
+    for end, (length, n_found) in enumerate(found, 1):
+        longest = next(
+            n for n in range(min(end, matches.LONGEST), 0, -1) if count(ids[end - n : end])
+        )
+        assert length == longest and n_found == count(ids[end - length : end])
+    (place, *_) = matches.places(index, ids[:20])
+    assert (
+        place["match"] == text[:20]
+        and text[:20] in place["before"] + place["match"] + place["after"]
+    )
+    before = Path("data/own/index/index.json").stat().st_mtime_ns
+    matches.open_index("own")
+    assert Path("data/own/index/index.json").stat().st_mtime_ns == before
+    state = {"settings": {"dataset": "own"}}
+    model = tiny_model(vocab_size=dataset.tokenizer.vocab_size, block_size=64)
+    loaded = loading.Loaded(model, dataset.tokenizer, [], state)
+    shown = looked(loaded, "matches", text=text)["matches"]
+    assert shown["lengths"] == [length for length, _ in found]
+
+
+def test_a_classifier_shows_which_token_pushed_the_class(long_base, capsys):
+    tune("classify", capsys)
+    model, tokenizer, state = weights.load_run("out/tuned")
+    loaded = loading.Loaded(model.eval(), tokenizer, [], state)
+    shown = looked(loaded, "class", text="to be or not")["class"]
+    assert shown["labels"] == ["a", "b"] and sum(shown["probs"]) == pytest.approx(1, abs=1e-5)
+    assert len(shown["by_token"]) == len("to be or not")
+
+
+@pytest.mark.pictures
+def test_sample_shows_the_lens_and_draws_the_attention(trained, capsys):
+    words = ["--start=To be", "--show_lens", "--show_attention=heads.png"]
+    status, out, _ = run_main(sample.main, words, capsys)
+    assert status == 0 and Path("heads.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split()[0] for line in out.splitlines()]
+    assert rows[:4] == ["after", "MLP", "attention", "embedding"]
+    model, tokenizer, _ = weights.load_run("out/small")
+    idx = torch.tensor([tokenizer.encode("To be")])
+    likeliest = tokenizer.decode([int(model(idx)[0][0, -1].argmax())])
+    assert f"At the end {pictures.visible(likeliest)!r} is likeliest" in out
+    for path in ("heads.png", "heads.jpg"):
+        status, _, err = run_main(sample.main, ["--start=To", f"--show_attention={path}"], capsys)
+        assert status == 2 and path in err and "name a new .png" in err
+
+
+def test_two_models_are_compared_on_the_same_tokens():
+    ours, theirs = loaded_tiny(), loaded_tiny(seed=5)
+    body = {"text": "To be", "parts": ["compare", "surprise"]}
+    shown = looking.respond(ours, body, theirs)
+    swapped = looking.respond(theirs, body, ours)
+    assert shown["compare"]["logprob"] == pytest.approx(swapped["surprise"]["logprob"], nan_ok=True)
+    other = loading.Loaded(theirs.model, bpe.CharTokenizer.train("abc"), [], None)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        looking.respond(ours, {"text": "To be", "parts": ["compare"]}, other)
+
+
+def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 600).bfloat16()
+    fast = generate.RowLinear(linear)
+    fast.converts = True
+    x = torch.randn(2, 5, 48).bfloat16()
+    expected = F.linear(x.float(), linear.weight.float()).bfloat16() + linear.bias
+    assert fast(x).dtype == torch.bfloat16
+    torch.testing.assert_close(fast(x), expected, rtol=2**-7, atol=1e-3)  # one rounding
 
 
 # ---------------------------------------------------------------------------------------------- glass/chat.py

@@ -60,6 +60,7 @@ class Settings(GPTConfig):
     eval_only: Free[bool] = False  # evaluate once and stop
     log_interval: Free[int] = 1  # steps between lines of metrics.jsonl
     checkpoint_interval: Free[int | None] = None  # steps between checkpoints; None: eval_interval
+    keep_every: Free[int | None] = None  # steps between weights that stay, to look into later
     always_save_checkpoint: Free[bool] = True  # no effect: the last two and the best are kept
     sample_tokens: Free[int | None] = 100  # length of the text sampled after an evaluation, or None
     wandb_log: Free[bool] = False  # log to Weights & Biases too
@@ -98,7 +99,7 @@ class Settings(GPTConfig):
         if self.checkpoint_interval is None:
             self.checkpoint_interval = self.eval_interval
         counts = "eval_interval eval_iters log_interval checkpoint_interval batch_size"
-        counts += " gradient_accumulation_steps sample_tokens patience"
+        counts += " gradient_accumulation_steps sample_tokens patience keep_every"
         require(self, counts, lambda value: value >= 1, "be at least 1")
         not_negative = "max_iters grad_clip warmup_iters min_lr weight_decay muon_weight_decay"
         require(self, not_negative, lambda value: value >= 0, "not be negative")
@@ -264,6 +265,8 @@ def between_updates(run, context, progress, signals):
     ends = bool(step == s.max_iters or stop or out_of_time)
     if step and (ends or step % s.checkpoint_interval == 0):
         run.save()
+    if step and s.keep_every and step % s.keep_every == 0:
+        run.keep_weights()
     glance_interval, n_rows = glances(s)
     if step and not stop and (ends or step % s.eval_interval == 0):
         figures = task.evaluate(run.model, context, processes)

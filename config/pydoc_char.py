@@ -28,5 +28,6 @@ max_iters = 1100
 lr_decay_iters = 1100
 
 eval_interval = 550
+keep_every = 110  # weights to look at through training: serve.py's slider
 eval_iters = 100
 log_interval = 50

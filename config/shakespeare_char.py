@@ -29,5 +29,6 @@ max_iters = 2600
 lr_decay_iters = 2600
 
 eval_interval = 2600
+keep_every = 260  # weights to look at through training: serve.py's slider
 eval_iters = None  # the whole validation split
 log_interval = 50

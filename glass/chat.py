@@ -13,6 +13,7 @@ MARKERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}  # of our own
 ENDS = (END_OF_TEXT, END, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>")
 # A tokenizer that has this marker uses this template.
 TEMPLATE_OF_MARKER = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", USER: "markers"}
+TEMPLATE_STOPS = {"alpaca": ["### Instruction:"]}  # strings that end a reply where no token does
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."

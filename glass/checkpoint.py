@@ -58,25 +58,54 @@ def checkpoint_files(folder):
     return [*paths, best] if best.exists() else paths
 
 
+def kept_path(folder, step):
+    """The path of the weights that are kept of a step, beside the checkpoints."""
+    return Path(folder) / f"kept_{step:07d}.pt"
+
+
+def kept_steps(folder):
+    """The ascending list of steps of which weights, or a whole checkpoint, are in the folder."""
+    paths = [path for path in Path(folder).glob("kept_*.pt") if path.stem[5:].isdecimal()]
+    kept = [int(path.stem[5:]) for path in paths if path.is_file()]
+    return sorted(
+        {step for step in kept if kept_path(folder, step) in paths} | {*saved_steps(folder)}
+    )
+
+
 def save(folder, step, state, keep=2):
     """Write ckpt_STEP.pt, remove all checkpoints but the last `keep`, and give back its path.
 
     state: a dict of tensors and plain Python types. Raises OSError if it cannot write; the old
     checkpoints then stay.
     """
-    folder = Path(folder)
     path = checkpoint_path(folder, step)
+    write(path, {"version": VERSION, "step": step, **state})
+    for old in saved_steps(folder)[:-keep]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
+    return path
+
+
+def keep_weights(folder, step, state):
+    """Write kept_STEP.pt, which no later save removes: a state without optimizer, to look into."""
+    write(kept_path(folder, step), {"version": VERSION, "step": step, **state})
+
+
+def write(path, content):
+    """Write a file of tensors and plain types, read it back, and only then give it its name.
+
+    Raises OSError if it cannot write; a file of that name then stays as it was.
+    """
     temporary = path.with_suffix(".tmp")
     try:
-        needed, free = tensor_bytes(state) + (1 << 20), shutil.disk_usage(folder).free
+        needed, free = tensor_bytes(content) + (1 << 20), shutil.disk_usage(path.parent).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
                 f"{free >> 20} MiB are free but the checkpoint needs {needed >> 20} MiB",
-                str(folder),
+                str(path.parent),
             )
         with open(temporary, "wb") as file:
-            torch.save({"version": VERSION, "step": step, **state}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         if damaged := damage(temporary):
@@ -84,16 +113,13 @@ def save(folder, step, state, keep=2):
                 errno.EIO, f"the file does not read back as written ({damaged})", str(temporary)
             )
         os.replace(temporary, path)
-        sync_folder(folder)
+        sync_folder(path.parent)
     except RuntimeError as error:  # torch wraps the OSError of a failed write
         raise OSError(
             errno.EIO, f"the checkpoint could not be written ({first_line(error)})", str(path)
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    for old in saved_steps(folder)[:-keep]:
-        checkpoint_path(folder, old).unlink(missing_ok=True)
-    return path
 
 
 def mark_best(folder, step):
@@ -125,6 +151,7 @@ def load(folder, which="last"):
         paths = paths[-1:] + paths[:-1] if folder / BEST in paths else paths
     elif which != "last":
         paths = [path for path in paths if path == checkpoint_path(folder, which)]
+        paths += [path for path in [kept_path(folder, which)] if path.exists()]
     if not paths:
         have = ", ".join(map(str, saved_steps(folder))) or "none"
         raise FileNotFoundError(
@@ -134,7 +161,8 @@ def load(folder, which="last"):
     for path in paths:
         state, problem = read(path)
         if problem is None:
-            if path.name in (BEST, checkpoint_path(folder, state["step"]).name):
+            names = [make(folder, state["step"]).name for make in (checkpoint_path, kept_path)]
+            if path.name in (BEST, *names):
                 return upgraded(state) | {"path": str(path)}
             problem = f"it holds step {state['step']}: somebody renamed it"
         warning = f"WARNING: {path} is damaged ({problem}), looking for another one"
@@ -251,7 +279,7 @@ def newest_run(root="."):
 def remove_half_written(folder):
     """Remove the temporary files that a killed run left in the folder."""
     for path in Path(folder).glob("*.tmp"):
-        if re.fullmatch(r"ckpt_\d+\.tmp|best\.tmp", path.name):
+        if re.fullmatch(r"(ckpt|kept)_\d+\.tmp|best\.tmp", path.name):
             path.unlink()
 
 
@@ -278,6 +306,7 @@ def set_aside(folder, loaded):
 def remove_run(folder):
     """Remove what an earlier run left in the folder."""
     checkpoints = [checkpoint_path(folder, step) for step in saved_steps(folder)]
+    checkpoints += [kept_path(folder, step) for step in kept_steps(folder)]
     others = [Path(folder) / name for name in LEFT_BEHIND]
     for path in checkpoints + others:
         path.unlink(missing_ok=True)

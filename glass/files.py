@@ -43,6 +43,20 @@ def lock(folder, name=None):
     return held
 
 
+def is_locked(folder):
+    """Whether another process holds the folder's lock."""
+    path = Path(folder) / "lock"
+    if not path.exists():
+        return False
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    held.release()
+    return False
+
+
 def write_json(path, content):
     """Replace a file by JSON, as `write_text` does."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1))

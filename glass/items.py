@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from glass.sources import check_is, parse_json
+from glass.shards import folder_of
+from glass.sources import SOURCES, check_is, parse_json
 
 
 @dataclass
@@ -26,6 +27,28 @@ class Item:
     gold: int | None  # the index of the right pair; None: the only pair is to be greedy
     answers: list  # the text of each answer, whose length acc_norm divides by
     shot: str  # the item with its right answer, as an example before others
+
+
+def files_of(name):
+    """The files of items that a name stands for, a list of paths: a file, or a dataset's files.
+
+    Raises ValueError if there is none.
+    """
+    if Path(name).suffix == ".jsonl":
+        return [Path(name)]
+    folder = folder_of(name)
+    found = sorted(folder.glob("*.jsonl"))
+    if not found:
+        raise ValueError(f"items={name} is no .jsonl file, and {folder} has none: {advice(name)}")
+    return found
+
+
+def advice(name):
+    """How to come by a dataset of items."""
+    known = [key for key, source in SOURCES.items() if source.kind == "choices"]
+    if name in known:
+        return f"run python prepare.py {name}, which downloads it"
+    return f"name a file, or one of {' '.join(known)}"
 
 
 def read_items(path, n_shots=0):

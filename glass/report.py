@@ -165,6 +165,10 @@ def picture(title, curves, x_name):
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         line = " ".join(place(x, y) for x, y in thinned(points))
         parts.append(f'<polyline fill="none" stroke="{colour}"{dash} points="{line}"/>')
+        if len(points) <= 20 and not dashed:  # so that a single evaluation is seen too
+            for point in line.split():
+                x, y = point.split(",")
+                parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
         key = f"{label}: {points[-1][1]:.4g} at the end"
         y = 16 + 15 * i
         parts.append(f'<path d="M{WIDTH - 250} {y - 4}h20" stroke="{colour}"{dash}/>')
@@ -213,7 +217,7 @@ def pictures(runs):
         "mfu": "Share of the GPU's peak (mfu)",
     }
     for name, title in others.items():
-        made.append(picture(title, curves_of(runs, "step", [(name, "", False)]), "steps"))
+        made.append(picture(title, curves_of(runs, "step", [(name, name, False)]), "steps"))
     return "".join(made)
 
 

@@ -177,19 +177,13 @@ class Run:
         """
         if not self.processes.is_main or self.saved_step == self.step:
             return
-        state = {
-            "model": self.model.state_dict(),
+        state = self.weights_state() | {
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "best_val_loss": self.best_val_loss,
             "best_step": self.best_step,
             "evaluated_step": self.evaluated_step,
             "evaluations_without_better": self.evaluations_without_better,
-            "settings": self.chosen,
-            "model_config": asdict(self.model.config),
-            "tokenizer": self.task.tokenizer.to_dict(),
-            "data": self.task.data_sha256,
-            "task": self.task.state(),
         }
         try:
             checkpoint.save(self.folder, self.step, state)
@@ -199,6 +193,23 @@ class Run:
                 f"WARNING: no checkpoint at step {self.step}: {error}; training goes on, "
                 f"{self.last_checkpoint()}"
             )
+
+    def weights_state(self):
+        """The part of a checkpoint that says what the model is."""
+        return {
+            "model": self.model.state_dict(),
+            "settings": self.chosen,
+            "model_config": asdict(self.model.config),
+            "tokenizer": self.task.tokenizer.to_dict(),
+            "data": self.task.data_sha256,
+            "task": self.task.state(),
+        }
+
+    def keep_weights(self):
+        """Write the weights of this step where no later save removes them. A failure is a warning."""
+        if self.processes.is_main:
+            with warned_about(checkpoint.kept_path(self.folder, self.step)):
+                checkpoint.keep_weights(self.folder, self.step, self.weights_state())
 
     def note_evaluation(self, val_loss, is_final):
         """Count the evaluation of this step, and mark its checkpoint as best if the loss is lowest.

@@ -47,7 +47,7 @@ class Source:
     downloads: tuple = ()
     documents: Callable | None = None  # generates texts without a network
     records: Callable | None = None  # supervised data: reads a file, or generates without arguments
-    kind: str = "text"  # text | classification | instructions | preferences
+    kind: str = "text"  # text | classification | instructions | preferences | choices
     tokenizer: str = "gpt2"
     val_fraction: float = 0.1
 
@@ -443,6 +443,44 @@ PREFERENCES = Download(
     "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
 )
 
+HELLASWAG = Download(
+    "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    "hellaswag_val.jsonl",
+    12_246_618,
+)
+PIQA_URL = "https://yonatanbisk.com/piqa/data"
+PIQA = (
+    Download(f"{PIQA_URL}/valid.jsonl", "piqa_valid.jsonl", 796_000),
+    Download(f"{PIQA_URL}/valid-labels.lst", "piqa_valid-labels.lst", 3_676),
+)
+LAMBADA = Download(
+    "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+    "lambada_test.jsonl",
+    1_819_752,
+)
+WINOGRANDE = Download(
+    "https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande_1.1.zip",
+    "winogrande_dev.jsonl",
+    3_400_000,
+    member="winogrande_1.1/dev.jsonl",
+)
+ARC_URL = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
+ARC = tuple(
+    Download(
+        ARC_URL,
+        f"arc_{level.lower()}_test.jsonl",
+        680_841_265,
+        member=f"ARC-V1-Feb2018-2/ARC-{level}/ARC-{level}-Test.jsonl",
+    )
+    for level in ("Easy", "Challenge")
+)
+COPA = Download(
+    "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/COPA.zip",
+    "copa_val.jsonl",
+    44_000,
+    member="COPA/val.jsonl",
+)
+
 
 def parquet_files(address, name, count, n_bytes):
     """Downloads, a tuple, of the first `count` files of a dataset on Hugging Face.
@@ -512,6 +550,12 @@ SOURCES = {
         records=read_preferences,
         kind="preferences",
     ),
+    "hellaswag": Source("HellaSwag: how a scene goes on (MIT)", (HELLASWAG,), kind="choices"),
+    "piqa": Source("PIQA: which way works (AFL 3.0)", PIQA, kind="choices"),
+    "lambada": Source("LAMBADA: the last word (CC BY 4.0)", (LAMBADA,), kind="choices"),
+    "winogrande": Source("Winogrande: whom a pronoun means (CC BY)", (WINOGRANDE,), kind="choices"),
+    "arc": Source("ARC: science at school (CC BY-SA 4.0)", ARC, kind="choices"),
+    "copa": Source("COPA: cause or effect (BSD)", (COPA,), kind="choices"),
 }
 
 

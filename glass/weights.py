@@ -169,9 +169,9 @@ ARCHITECTURE |= set("norm mlp pos qk_norm tie_weights smear embed_skip".split())
 def load_model(name_or_folder, which="best", dtype=None):
     """(model, tokenizer, checkpoint state) of a run's folder or of published weights.
 
-    For a run, the model is float32 with LoRA merged. which: its 'best' or 'last' checkpoint; the
-    last if there is no best one. For published weights, the state is None and the dtype is chosen
-    as in `load_pretrained`.
+    For a run, the model is float32 with LoRA merged. which: its 'best' or 'last' checkpoint, or a
+    step; the last if there is no best one. For published weights, the state is None and the dtype
+    is chosen as in `load_pretrained`.
     """
     if checkpoint.checkpoint_files(name_or_folder):
         return load_run(name_or_folder, which)
