@@ -4837,6 +4837,8 @@ def test_the_merges_of_a_word_are_shown(trained_on_runs):
 BAD_REQUESTS = [
     ({"text": "To", "parts": ["nothing"]}, "must be a list of tokens"),
     ({"text": "To", "parts": []}, "must be a list of tokens"),
+    ({"text": "To", "parts": [["tokens"]]}, "must be a list of tokens"),
+    ({"messages": [{"role": [], "content": "a"}], "parts": ["tokens"]}, "must be a list of {role"),
     ({"parts": ["tokens"]}, "either text, ids or messages"),
     ({"text": "To", "ids": [1], "parts": ["tokens"]}, "either text, ids or messages"),
     ({"text": "Ü", "parts": ["tokens"]}, "does not know 'Ü'"),

@@ -64,7 +64,8 @@ class Request:
 
     def check_parts(self, parts):
         """The names of the parts."""
-        if not isinstance(parts, list) or not parts or not all(part in PARTS for part in parts):
+        are_names = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+        if not are_names or not parts or not set(parts) <= PARTS.keys():
             raise ValueError(f"parts={parts!r:.100} must be a list of {' '.join(PARTS)}")
         return parts
 
@@ -96,7 +97,8 @@ class Request:
         loaded = self.loaded
         are_messages = isinstance(messages, list) and all(
             isinstance(message, dict)
-            and message.get("role") in MARKERS
+            and isinstance(message.get("role"), str)
+            and message["role"] in MARKERS
             and isinstance(message.get("content"), str)
             for message in messages
         )
