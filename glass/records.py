@@ -127,9 +127,10 @@ def check_messages(where, messages):
             "add an answer, or remove the row"
         )
     for message in messages:
-        if message.get("role") not in MARKERS:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in MARKERS:
             raise ValueError(
-                f"{where}: role={message.get('role')!r} of a message must be system, user or "
+                f"{where}: role={role!r:.40} of a message must be system, user or "
                 "assistant: correct it"
             )
     are_texts = all(isinstance(message.get("content"), str) for message in messages)
