@@ -3,6 +3,7 @@
 import ast
 import base64
 import collections
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -14,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -3114,12 +3116,13 @@ def test_the_core_imports_nothing_that_looks_at_it():
 # --------------------------------------------------------------------------------------------------- serve.py
 
 
-def save_run(folder, model, tokenizer, step=7, task=None):
+def save_run(folder, model, tokenizer, step=7, task=None, **settings):
     """A run as training would have left it, with one more checkpoint."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = dataclasses.asdict(model.config)
     state = {"model": model.state_dict(), "model_config": config, "optimizer": []}
-    state |= {"tokenizer": tokenizer.to_dict(), "task": task or {}, "settings": {"block_size": 16}}
+    state |= {"tokenizer": tokenizer.to_dict(), "task": task or {}}
+    state["settings"] = {"block_size": 16, **settings}
     checkpoint.save(folder, step, state, keep=9)
 
 
@@ -3858,6 +3861,699 @@ def test_serve_without_its_packages_is_one_line(in_tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2 and "pip install starlette uvicorn" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------- glass/page.html
+
+
+WAIT = 20_000  # milliseconds that the browser waits for what it shall show
+BROWSERS = "chromium", "chromium-browser", "google-chrome"
+PAGE_TEXT = "To be, or not to be: that"
+
+
+def no_browser(reason):
+    """Skip the tests of the page, or fail where a browser is promised."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI={os.environ['CI']} promises a browser, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """One headless browser for all tests of the page."""
+    try:
+        from playwright.sync_api import expect, sync_playwright
+    except ImportError:
+        no_browser("playwright is not installed: pip install -r requirements-dev.txt")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        no_browser(f"none of {' '.join(BROWSERS)} is on the PATH: apt-get install chromium")
+    expect.set_options(timeout=WAIT)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A server for the page: two checkpoints, their training data, a chat model, a classifier, a FAQ."""
+    pytest.importorskip("uvicorn", reason="serve.py needs starlette and uvicorn")
+    pytest.importorskip("openai")
+    before, folder = os.getcwd(), tmp_path_factory.mktemp("page")
+    os.chdir(folder)
+    Path("small.txt").write_text(TEXT)
+    make("small", "small.txt", tokenizer="train:300")
+    tokenizer = shards.open_dataset("small").tokenizer
+    shape = dict(vocab_size=tokenizer.vocab_size, block_size=128, n_kv_head=2)
+    save_run("out/chat", tiny_model(2, **shape), tokenizer, task={"template": "markers"})
+    labels = {"template": None, "labels": ["ham", "spam"]}
+    save_run("out/classes", tiny_model(3, n_classes=2, **shape), tokenizer, task=labels)
+    save_run("out/base", tiny_model(0, **shape), tokenizer, step=5)
+    save_run("out/base", tiny_model(1, **shape), tokenizer, step=9, dataset="small")
+    lines = [{"step": n, "tokens": n, "val_loss": 6.0 - n / 5} for n in (0, 5, 9)]
+    Path("out/base/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    Path("faq.csv").write_text(
+        "question,answer\nHow do I train a model?,python train.py\nWhat is a token?,a piece of text\n"
+    )
+    server = Running("--out_dir=out/base", "--which=last", "--faq=faq.csv")
+    yield server
+    server.stop()
+    os.chdir(before)
+
+
+class Tab:
+    """The page in a browser, on a visit of its own. Collects what must not happen."""
+
+    def __init__(self, browser, port, hash="", toured=True, expected="never", key=None, **options):
+        self.address, self.expected = f"http://127.0.0.1:{port}/", expected
+        self.problems, self.left = [], []  # errors on the console; requests to elsewhere
+        self.questions, self.key = [], key  # what a dialog asked, and what it is answered
+        seen = [{"name": "toured", "value": "yes"}] if toured else []
+        origin = {"origin": self.address.rstrip("/"), "localStorage": seen}
+        options = {"viewport": {"width": 1280, "height": 900}, **options}
+        self.context = browser.new_context(
+            storage_state={"cookies": [], "origins": [origin]}, **options
+        )
+        self.context.set_default_timeout(WAIT)
+        self.context.route("**/*", self.route)
+        self.page = self.open(hash)
+
+    def open(self, hash=""):
+        page = self.context.new_page()
+        page.on("console", self.hear)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("dialog", self.answer)
+        page.goto(self.address + hash)
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    def route(self, route):
+        if route.request.url.startswith(self.address):
+            return route.continue_()
+        self.left.append(route.request.url)
+        route.abort()
+
+    def answer(self, dialog):
+        self.questions.append(dialog.message)
+        dialog.accept(self.key)
+
+    def hear(self, message):
+        """A breach of the page's policy is an error on the console too."""
+        if message.type == "error" and not re.search(self.expected, message.text):
+            self.problems.append(message.text)
+
+    def __call__(self, selector):
+        return self.page.locator(selector)
+
+    @contextlib.contextmanager
+    def redrawn(self):
+        """Wait until what is done within has drawn the view anew."""
+        self("#view").evaluate("(view) => { view.dataset.old = 'yes'; }")
+        yield
+        self.page.wait_for_selector("#view:not([data-old])", state="attached")
+
+    def view(self, name):
+        with self.redrawn():
+            self(f"#tab-{name}").click()
+        self.page.wait_for_selector(f"#view[aria-labelledby=tab-{name}]")
+
+    def look(self, name, text=PAGE_TEXT, n=None):
+        """Show a view of a text, which has n tokens."""
+        self.view(name)
+        self("#text").fill(text)
+        with self.redrawn():
+            self("#look").click()
+        if n is not None:
+            self.shows("#view .tokens .token", n)
+
+    def shows(self, selector, n=None, text=None, **options):
+        """Wait until n elements are there, or until one says the text."""
+        from playwright.sync_api import expect
+
+        found = self(selector)
+        if n is not None:
+            expect(found).to_have_count(n)
+        if text is not None:
+            expect(found).to_have_text(text, **options)
+
+    def texts(self, selector):
+        return self(selector).all_text_contents()
+
+    def titles(self, selector):
+        return [one.get_attribute("title") for one in self(selector).all()]
+
+    def choose_model(self, name):
+        with self.redrawn():
+            self("#model").select_option(name)
+
+    def say(self, text):
+        """Send a message and wait for the whole reply."""
+        self("#say").fill(text)
+        self("#send").click()
+        self.done()
+
+    def done(self):
+        self.page.wait_for_selector("#stop[disabled]", state="attached")
+        self.page.wait_for_selector("#send:not([disabled])")
+
+    def close(self):
+        self.context.close()
+        assert not self.left, f"the page asked others: {self.left}"
+        assert not self.problems, self.problems
+
+
+@pytest.fixture
+def tab(chromium, site):
+    tab = Tab(chromium, site.port)
+    yield tab
+    tab.close()
+
+
+def numbers_in(texts):
+    return [float(text.rstrip("%")) for text in texts]
+
+
+def as_shown(text):
+    """A token's text as the page writes it in one line."""
+    return re.sub("^ | $", "␣", text.replace("\n", "⏎").replace("\t", "→")) or "∅"
+
+
+def logits_of(site, text=PAGE_TEXT, name="base"):
+    """(ids, logits of each position) by the model itself."""
+    loaded = site.loaded(name)
+    ids = loaded.tokenizer.encode(text)
+    with torch.no_grad():
+        return ids, loaded.model(torch.tensor([ids]))[0][0]
+
+
+def logprobs_of(site, text=PAGE_TEXT, name="base"):
+    """The log-probability of each token but the first."""
+    ids, logits = logits_of(site, text, name)
+    return logits[:-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+
+
+def test_the_page_shows_the_probabilities_of_the_api_and_branches_as_it_completes(site, tab):
+    ids, logits = logits_of(site)
+    tab.look("next", n=len(ids))
+    request = {"model": "base", "prompt": ids, "max_tokens": 1, "temperature": 1, "logprobs": 20}
+    answer = site.ask("POST", "/v1/completions", request)[2]["choices"][0]["logprobs"]
+    of_api = sorted((100 * math.exp(x) for x in answer["top_logprobs"][0].values()), reverse=True)
+    shown = numbers_in(tab.texts("#view .bars .number"))
+    assert len(of_api) >= 20 and shown == pytest.approx(
+        of_api[:20], abs=0.0051
+    )  # two digits are shown
+    best = logits[-1].topk(20)
+    decode = site.loaded().tokenizer.decode
+    assert tab.texts("#view .bars button") == [as_shown(decode([i])) for i in best.indices.tolist()]
+
+    # Sliders redraw what sampling would leave.
+    tab("[aria-label=temperature]").fill("0.05")
+    tab("[aria-label=top-k]").fill("7")
+    tab.shows("#view .bars .off", 2 * 13)  # a name and a bar for each
+    probs = (logits[-1] / 0.05).softmax(-1).sort(descending=True).values
+    shown = numbers_in(tab.texts("#view .bars .number")[:7])
+    assert shown == pytest.approx((100 * probs[:7] / probs[:7].sum()).tolist(), abs=0.0051)
+    tab("[aria-label=top-k]").fill("0")
+    tab("[aria-label=min-p]").fill("0.3")
+    n_left = int((probs >= 0.3 * probs[0]).sum())
+    tab.shows("#view .bars .off", 2 * (20 - n_left))
+    tab("[aria-label=min-p]").fill("0")
+    tab("[aria-label=top-p]").fill("0.3")
+    n_nucleus = int((probs.cumsum(0) - probs < 0.3).sum())
+    tab.shows("#view .bars .off", 2 * (20 - n_nucleus))
+    assert len({7, n_left, n_nucleus, 20}) == 4  # each slider left another number of tokens
+
+    # Another token branches the text, twice, and the branch of a branch stands under it.
+    tab("[aria-label=top-p]").fill("1")
+    tab("#view .tokens .token").nth(3).click()
+    tab.page.wait_for_selector("#view .token.chosen[title^='token 3:']")
+    chosen = logits[3].topk(2).indices[1].item()
+    tab("#view .bars button").nth(1).click()
+    tab.shows("button.branch", 1)
+    request = {"model": "base", "prompt": [*ids[:4], chosen], "max_tokens": 40, "temperature": 0}
+    text = site.ask("POST", "/v1/completions", request)[2]["choices"][0]["text"]
+    assert tab.titles("button.branch") == [decode(ids[:4]) + decode([chosen]) + text]
+
+
+def test_the_page_shows_the_attention_under_the_pointer(site, tab):
+    ids, _ = logits_of(site)
+    found = trace.trace(site.loaded().model, torch.tensor(ids))
+    tab.look("attention", n=len(ids))
+    tab("label:has-text('Layer') select").select_option("1")
+    tab.page.wait_for_selector("#large[aria-label*='layer 1']")
+    assert tab.texts(".maps button")[3] == "head 3, keys of 1"
+    tab(".maps button").nth(3).click()
+    tab.page.wait_for_selector("#large[aria-label*='layer 1, head 3']")
+    assert tab.page.url.endswith("#attention/1/3")
+    weights = found.attention(1)[3]
+    i, j = len(ids) - 3, 2
+    box = tab("#large").bounding_box()
+    tab.page.mouse.move(
+        box["x"] + box["width"] * (j + 0.5) / len(ids),
+        box["y"] + box["height"] * (i + 0.5) / len(ids),
+    )
+    tab.shows("#detail", text=re.compile(f"^token {i} .* looks at {j} "))
+    step = float(weights.max()) / 255  # attention is sent as bytes, and three digits are shown
+    assert float(tab.texts("#detail")[0].split()[-1]) == pytest.approx(
+        float(weights[i, j]), abs=step / 2 + 0.0006
+    )
+    tab("#view .tokens .token").nth(i).hover()
+    best = int(weights[i].argmax())
+    tab.shows("#detail", text=re.compile(f"^token {i} .* looks at {best} "))
+    shown = re.search(r"looks at \d+ .*? ([\d.]+)(?:,|$)", tab.texts("#detail")[0])[1]
+    assert float(shown) == pytest.approx(float(weights[i, best]), abs=step / 2 + 0.0006)
+    tab("label:has-text('Show') select").select_option("values")
+    tab.page.wait_for_selector("#large[aria-label*='times']")
+    by_value = found.attention(1, by_value=True)[3]
+    tab("#view .tokens .token").nth(i).hover()
+    shown = float(re.search(r"looks at \d+ .*? ([\d.]+)(?:,|$)", tab.texts("#detail")[0])[1])
+    assert shown == pytest.approx(float(by_value[i].max()), abs=float(by_value.max()) / 255)
+
+
+def test_the_page_lens_ends_in_the_models_own_likeliest(site, tab):
+    ids, logits = logits_of(site)
+    decode = site.loaded().tokenizer.decode
+    tab.look("lens")
+    tab.shows("#view tr:nth-child(2) td", len(ids))
+    assert tab.texts("#view tr:nth-child(2) td") == [
+        as_shown(decode([i])) for i in logits.argmax(-1).tolist()
+    ]
+    assert len(tab.texts("#view tr")) == 1 + 1 + 2 * 2  # a heading, the embedding, two a layer
+    tab("#view tr:nth-child(2) td").nth(4).click()
+    tab.page.wait_for_selector("text=Show the likeliest tokens again")
+    followed = int(logits[4].argmax())
+    ranks = (logits > logits[:, [followed]]).sum(-1).tolist()
+    assert list(map(int, tab.texts("#view tr:nth-child(2) td"))) == ranks and ranks[4] == 0
+
+
+def test_the_page_sums_pushes_and_switches_off_who_is_clicked(site, tab):
+    ids, logits = logits_of(site)
+    loaded = site.loaded()
+    tab.look("pushes", n=len(ids))
+    [said] = tab.texts("#view p:has-text('pushes sum to')")
+    logit, total = map(float, re.search(r"is (-?[\d.]+); .* (-?[\d.]+)\.", said).groups())
+    assert logit == pytest.approx(float(logits[-1].max()), abs=0.001)
+    assert total == pytest.approx(logit, abs=0.002)
+    found = trace.trace(loaded.model, torch.tensor(ids))
+    heads, mlps, others = trace.pushes(found, len(ids) - 1, int(logits[-1].argmax()))
+    rows = {f"layer {n} head {h}": float(heads[n, h]) for n in range(2) for h in range(4)}
+    rows |= {f"layer {n} MLP": float(mlps[n]) for n in range(2)}
+    names = tab.texts("#view .bars button")
+    labels = tab.texts("#view .bars > span:nth-child(3n+1), #view .bars > button")
+    shown = dict(zip(labels, numbers_in(tab.texts("#view .bars .number")), strict=True))
+    assert set(names) == set(rows)
+    assert shown == pytest.approx(rows | others, abs=0.0006)
+    largest = max(rows, key=lambda name: abs(rows[name]))
+    assert names[0] == largest
+    tab("#view .bars button").first.click()
+    tab.page.wait_for_selector("text=With these switched off")
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    layer, part = int(largest.split()[1]), largest.split()[2:]
+    mask[layer, int(part[1]) if part[0] == "head" else 4] = True
+    with torch.no_grad(), trace.switched_off(loaded.model, mask.numpy()):
+        without = loaded.model(torch.tensor([ids]))[0][0].log_softmax(-1)
+        goes_on = loaded.model.generate(torch.tensor([ids]), 20, temperature=0)[0, len(ids) :]
+    titles = tab.titles("#view .tokens >> nth=1 >> .token")
+    changed = [float(title.split()[-1]) for title in titles[1:]]
+    expected = without[range(len(ids) - 1), ids[1:]].tolist()
+    assert changed == pytest.approx(expected, abs=0.0051)
+    assert expected != pytest.approx(logprobs_of(site), abs=0.01)
+    tab("text=Continue the text without them").click()
+    tab.shows("#without", text="".join(loaded.tokenizer.decode([i]) for i in goes_on.tolist()))
+
+
+def test_the_page_colours_by_the_models_own_log_probabilities(site, tab):
+    ids, logits = logits_of(site)
+    tab.look("surprise", n=len(ids))
+    titles = tab.titles("#view .tokens .token")[1:]
+    shown = numbers_in(re.search(r"probability ([\d.]+%)", title)[1] for title in titles)
+    ours = logprobs_of(site)
+    assert shown == pytest.approx([100 * math.exp(x) for x in ours], abs=0.0051)
+    ranks = [int((logits[i] > logits[i, ids[i + 1]]).sum()) for i in range(len(ids) - 1)]
+    assert [int(re.search(r"rank (\d+)", title)[1]) for title in titles] == ranks
+    mean = sum(ours) / len(ours)
+    assert f"mean log-probability {mean:.2f}" in tab.texts("#view p:has-text('mean log')")[0]
+    shares = "els => els.map((el) => +getComputedStyle(el).getPropertyValue('--share'))"
+    darkest = tab("#view .tokens .token").evaluate_all(shares)
+    assert darkest[1:] == pytest.approx([min(1, -x / 8) for x in ours], abs=0.001)
+    with tab.redrawn():
+        tab("label:has-text('Colour by') select").select_option("rank")
+    by_rank = [min(1, math.log2(1 + rank) / 10) for rank in ranks]
+    assert tab("#view .tokens .token").evaluate_all(shares)[1:] == pytest.approx(by_rank, abs=0.001)
+
+
+def test_the_page_shows_every_token_with_its_bytes_and_merges(site, tab):
+    tokenizer = site.loaded().tokenizer
+    text = "to be: é tobe"
+    ids = tokenizer.encode(text)
+    tab.look("tokens", text, n=len(ids))
+    titles = tab.titles("#view .tokens .token")
+    assert [int(re.search(r"id (\d+)$", title)[1]) for title in titles] == ids
+    i = next(i for i in range(len(ids)) if tokenizer.decode([ids[i]]) == " be")
+    tab("#view .tokens .token").nth(i).click()
+    data = " ".join(map(str, tokenizer.decode_bytes([ids[i]])))
+    tab.page.wait_for_selector(f"text=bytes {data}")
+    steps = [[as_shown(p.decode()) for p in step] for step in tokenizer.merge_steps(b" be")]
+    shown = [row.locator(".token").all_text_contents() for row in tab("#view .merge").all()]
+    assert shown == steps and len(steps) > 1
+
+
+def test_the_page_compares_two_models_and_finds_where_a_text_is_from(site, tab):
+    ids, _ = logits_of(site)
+    tab.look("compare", n=len(ids))
+    tab("label:has-text('Beside') select").select_option("base@5")
+    tab.page.wait_for_selector("th:has-text('base@5')")
+    ours, theirs = logprobs_of(site), logprobs_of(site, name="base@5")
+    change = [a - b for a, b in zip(ours, theirs, strict=True)]
+    order = sorted(range(len(change)), key=lambda i: -abs(change[i]))[:12]
+    rows = [row.locator("td").all_text_contents() for row in tab("#view tr:has(td)").all()]
+    assert [int(row[0].split()[0]) for row in rows] == [i + 1 for i in order]
+    expected = [[ours[i], theirs[i], change[i]] for i in order]
+    assert [numbers_in(row[1:]) for row in rows] == [pytest.approx(x, abs=0.0006) for x in expected]
+
+    # The longest match, counted plainly in the tokens of the training split.
+    tab.view("matches")
+    data = tokens_of(shards.open_dataset("small"), "train").tolist()
+    i = len(ids) - 1
+    ends = [t for t in range(len(data)) if data[t] == ids[i]]
+    n = 1
+    while n <= i and any(data[t - n : t + 1] == ids[i - n : i + 1] for t in ends if t >= n):
+        n += 1
+    count = sum(data[t - n + 1 : t + 1] == ids[i - n + 1 :] for t in ends)
+    said = f"the last {n} tokens stand {'once' if count == 1 else f'{count} times'} in the"
+    assert said in tab.titles("#view .tokens .token")[i]
+    decode = site.loaded().tokenizer.decode
+    assert tab.texts("#view .message strong")[0] == decode(ids[i - n + 1 :])
+
+
+def test_the_page_shows_head_badges_and_goes_to_the_head_that_is_clicked(site, tab):
+    tab.view("badges")
+    found = torch.stack(trace.head_badges(site.loaded().model), -1)  # (L, H, kinds)
+    rows = [row.locator("td").all_text_contents() for row in tab("#view tr:has(td)").all()]
+    assert [row[0] for row in rows] == [f"layer {n} head {h}" for n in range(2) for h in range(4)]
+    assert [numbers_in(row[1:]) for row in rows] == [
+        pytest.approx(row, abs=0.0051) for row in found.flatten(0, 1).tolist()
+    ]
+    tab.look("tokens")
+    tab.view("badges")
+    tab("text=layer 1 head 2").click()
+    tab.page.wait_for_selector("#large[aria-label*='layer 1, head 2']")
+
+
+def test_the_page_draws_the_sample_of_the_checkpoint_under_the_slider(site, tab):
+    ids, _ = logits_of(site)
+    tab.look("training")
+    request = dict(prompt=ids, max_tokens=80, temperature=0.8, top_k=200, seed=1337, logprobs=5)
+    for i, step in [(1, 9), (0, 5)]:
+        tab("[aria-label=checkpoint]").fill(str(i))
+        tab.shows("#view h2 >> nth=1", text=f"step {step}")
+        answer = site.ask("POST", "/v1/completions", {"model": f"base@{step}", **request})[2]
+        [choice] = answer["choices"]
+        assert tab.texts("#step-sample") == [choice["text"]]
+        top = sorted(choice["logprobs"]["top_logprobs"][0].values(), reverse=True)
+        shown = numbers_in(tab.texts("#view .bars .number"))
+        assert shown == pytest.approx([100 * math.exp(x) for x in top], abs=0.051)
+    assert tab("#view svg[role=img]").count() == 1  # the loss curve
+
+
+def slowly(monkeypatch, seconds):
+    """Make every step of every batch take that long -> a list that gets one entry a step."""
+    steps, draw = [], batch.sample
+
+    def slow(logits, **how):
+        steps.append(time.monotonic())
+        time.sleep(seconds)
+        return draw(logits, **how)
+
+    monkeypatch.setattr(batch, "sample", slow)
+    return steps
+
+
+def test_the_page_talks_stops_edits_and_keeps_conversations(site, tab, tmp_path, monkeypatch):
+    tab.choose_model("chat")
+    tab("[aria-label=temperature]").fill("0")
+    tab("[aria-label='longest reply']").fill("30")
+
+    def reply(*contents):
+        roles = ["user", "assistant"] * len(contents)
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        request = {"model": "chat", "messages": messages, "max_tokens": 30, "temperature": 0}
+        answer = site.ask("POST", "/v1/chat/completions", {**request, "logprobs": True})[2]
+        logprobs = [one["logprob"] for one in answer["choices"][0]["logprobs"]["content"]]
+        return answer["choices"][0]["message"]["content"], sum(logprobs) / len(logprobs)
+
+    text, mean = reply("To be")
+    tab.say("To be")
+    tab.shows(".message.assistant .content", text=text)
+    assert f"mean log-probability {mean:.2f} a token" in tab.texts(".message.assistant")[0]
+
+    # Stop ends a reply within a step, and the next prompt works; other views work meanwhile.
+    steps = slowly(monkeypatch, 0.1)
+    tab("#say").fill("or not")
+    tab("#send").click()
+    until(lambda: len(steps) >= 4)
+    tab.view("tokens")
+    talked = [{"role": "user", "content": "To be"}, {"role": "assistant", "content": text}]
+    ids, _ = chat.encode_chat(site.loaded_now("chat").tokenizer, talked, "markers")
+    tab.shows("#view .tokens .token", len(ids))
+    tab.view("talk")
+    n_before = len(steps)
+    tab("#stop").click()
+    tab.done()
+    until(lambda: site.server.n_rows == 0)
+    assert len(steps) - n_before <= 3  # the click itself takes a while
+    monkeypatch.undo()
+    stopped = tab.texts(".message.assistant .content")[1]
+    assert reply("To be", text, "or not")[0].startswith(stopped)
+
+    # Edit and resend.
+    tab(".message.user button").nth(1).click()
+    assert tab("#say").input_value() == "or not" and tab(".message").count() == 2
+    tab.say("that")
+    tab.shows(".message.assistant .content >> nth=1", text=reply("To be", text, "that")[0])
+
+    # Save, begin anew, load.
+    with tab.page.expect_download() as download:
+        tab("button:text-is('Save')").click()
+    path = tmp_path / "chat.json"
+    download.value.save_as(path)
+    saved = json.loads(path.read_text())
+    assert [m["role"] for m in saved] == ["user", "assistant"] * 2
+    assert saved[2]["content"] == "that" and saved[1] == {"role": "assistant", "content": text}
+    tab("button:text-is('New')").click()
+    tab.shows(".message", 0)
+    tab("input[type=file]").set_input_files(path)
+    tab.shows(".message", 4)
+    assert tab.texts(".message .content") == [m["content"] for m in saved]
+
+    # A base model continues a text.
+    tab.choose_model("base")
+    tab("button:text-is('New')").click()
+    tab.say("To be")
+    request = {"model": "base", "prompt": "To be", "max_tokens": 30, "temperature": 0}
+    text = site.ask("POST", "/v1/completions", request)[2]["choices"][0]["text"]
+    tab.shows(".message.assistant .content", text=text)
+
+
+def test_the_page_shows_the_answers_of_a_file_as_the_files(site, tab):
+    tab.choose_model("chat")
+    tab("[aria-label='longest reply']").fill("8")
+    tab.say("how do I train a model")
+    tab.shows(".message.faq .content", text="python train.py")
+    label = tab.texts(".message.faq .soft")[0]
+    assert "from the file" in label and "similarity 1.00" in label
+    assert "0.6" in label and "-1.5" in label  # both thresholds
+    tab("button:text-is('New')").click()
+    tab.say("token hardware")  # near enough only because the model is unsure
+    score = site.ask("POST", "/faq", {"question": "token hardware"})[2]["score"]
+    assert 0.2 <= score < 0.6
+    tab.shows(".message.faq .content", text="a piece of text")
+    assert f"similarity {score:.2f}" in tab.texts(".message.faq .soft")[0]
+    tab("button:text-is('New')").click()
+    with tab.page.expect_response("**/faq"):
+        tab.say("unrelated")
+    tab.shows(".message", 2)
+
+
+def test_the_page_shows_what_a_classifier_says(site, tab):
+    tab.choose_model("classes")
+    tab("#say").fill("To be, or not")
+    tab("#send").click()
+    tab.page.wait_for_selector("#view .tokens")
+    found = site.ask("POST", "/v1/classify", {"model": "classes", "input": "To be, or not"})[2]
+    assert tab.texts("#view .bars > span:nth-child(3n+1)") == ["ham", "spam"]
+    shown = numbers_in(tab.texts("#view .bars .number"))
+    assert shown == pytest.approx([100 * p for p in found["data"][0]["probs"]], abs=0.051)
+
+
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_the_page_takes_any_text_as_text(site, tab, model):
+    tab.choose_model(model)
+    tab("[aria-label='longest reply']").fill("4")
+    for text in ("<script>window.bad = 1</script>", "</script><img src=x onerror=alert(1)>"):
+        tab.say(text)
+        assert text in tab.texts(".message .content")
+        tab("button:text-is('New')").click()
+    tab.view("tokens")
+    tab.look("surprise", "</script><b>bold</b>")
+    tab.page.wait_for_selector("#view .tokens")
+    assert "".join(tab.texts("#view .tokens .token")) == "</script><b>bold</b>"
+    assert tab("#view b, #view img, #view script").count() == 0
+    tab.view("talk")
+    long = "0123456789" * 1000
+    tab.expected = "400"
+    tab.say(long)
+    assert tab.texts(".message .content")[0] == long
+    assert "shorten it" in tab.texts(".message .content")[1]
+    tab("button:text-is('New')").click()
+    tab.say("To be")
+    assert tab.texts(".message .content")[0] == "To be"
+
+
+def test_the_page_goes_on_when_the_server_is_killed_and_started_again(chromium, site):
+    server = Running("--out_dir=out/base", "--which=last")
+    port = server.port
+    tab = Tab(chromium, port, expected="ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|503|ERR_EMPTY")
+    tab.look("tokens")
+    tab.page.wait_for_selector("#view .tokens")
+    server.stop()
+    tab("#tab-surprise").click()
+    tab.page.wait_for_selector("#banner:not([hidden])")
+    tab("#tab-next").click()
+    tab("#tab-surprise").click()
+    assert tab("[role=alert]:visible").all_text_contents().count(tab.texts("#banner")[0]) == 1
+    again = Running("--out_dir=out/base", "--which=last", f"--port={port}")
+    tab.page.wait_for_selector("#banner", state="hidden")
+    tab.page.wait_for_selector("#view[aria-labelledby=tab-surprise] .tokens")
+    tab.view("talk")
+    tab.say("To be")
+    assert tab(".message.assistant .content").text_content()
+    tab.close()
+    again.stop()
+
+
+def test_two_tabs_of_the_page_work_at_once(site, tab, monkeypatch):
+    second = tab.open()
+    slowly(monkeypatch, 0.02)
+    pages = [tab.page, second]
+    prompts = ["To be", "or not"]
+    for page, prompt in zip(pages, prompts, strict=True):
+        page.locator("[aria-label=temperature]").fill("0")
+        page.locator("[aria-label='longest reply']").fill("25")
+        page.locator("#say").fill(prompt)
+        page.locator("#send").click()
+    until(lambda: site.server.n_rows == 2)
+    for page, prompt in zip(pages, prompts, strict=True):
+        page.wait_for_selector("#send:not([disabled])")
+        request = {"model": "base", "prompt": prompt, "max_tokens": 25, "temperature": 0}
+        text = site.ask("POST", "/v1/completions", request)[2]["choices"][0]["text"]
+        assert page.locator(".message.assistant .content").text_content() == text
+
+
+def test_the_page_asks_once_for_the_key_and_keeps_it_for_the_tab(chromium, site):
+    server = Running("--out_dir=out/base", "--which=last", "--api_key=sesame")
+    try:
+        tab = Tab(chromium, server.port, expected="401", key="sesame")
+        assert len(tab.questions) == 1
+        tab.look("tokens")
+        tab.page.wait_for_selector("#view .tokens")
+        tab.page.reload()
+        tab.page.wait_for_selector("body[data-ready]")
+        assert len(tab.questions) == 1
+        assert tab.page.evaluate("() => sessionStorage.getItem('key')") == "sesame"
+        elsewhere = tab.page.evaluate("() => JSON.stringify(localStorage) + document.cookie")
+        assert "sesame" not in elsewhere
+        tab.close()
+    finally:
+        server.stop()
+
+
+def test_all_of_the_page_is_reached_by_keyboard(site, tab):
+    ids, _ = logits_of(site)
+    press = tab.page.keyboard.press
+    tab("#tab-talk").focus()
+    press("ArrowRight")
+    press("Enter")
+    tab.page.wait_for_selector("#view[aria-labelledby=tab-tokens]")
+    tab.look("attention", n=len(ids))
+    tab("#view .tokens .token").first.focus()
+    for _ in range(3):
+        press("ArrowRight")
+    tab.shows("#detail", text=re.compile("^token 3 "))
+    press("ArrowLeft")
+    tab.shows("#detail", text=re.compile("^token 2 "))
+    tab.view("lens")
+    tab.page.wait_for_selector("#view td")
+    tab("#view td").first.focus()
+    press("ArrowDown")
+    press("ArrowRight")
+    press("Enter")
+    tab.page.wait_for_selector("text=Show the likeliest tokens again")
+
+    # Tab visits every stop, and each control is a stop or lies in a group that arrows move in.
+    stops = (
+        "els => els.filter((el) => el.tabIndex >= 0 && el.checkVisibility() && !el.disabled).length"
+    )
+    controls = "button, select, input, textarea, [role=button], pre[tabindex]"
+    for name in ("talk", "next", "pushes"):
+        tab.view(name)
+        n = tab(controls).evaluate_all(stops)
+        tab("#model").focus()
+        tab.page.evaluate("() => { window.seen = new Set(); }")
+        for _ in range(n + 3):
+            tab.page.evaluate("() => { window.seen.add(document.activeElement); }")
+            press("Tab")
+        seen = (
+            "() => [...window.seen].filter((el) => el !== document.body && el.id !== 'view').length"
+        )
+        assert tab.page.evaluate(seen) >= n
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_on_the_page(chromium, site, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    tab = Tab(chromium, site.port, color_scheme=scheme)
+    tab("[aria-label='longest reply']").fill("8")
+    tab.say("To be")
+    for name in "talk tokens surprise next attention lens pushes badges training compare".split():
+        tab.view(name)
+        if name == "pushes":
+            tab("#view .bars button").first.click()
+            tab.page.wait_for_selector("text=With these switched off")
+        found = axe.run(tab.page).response["violations"]
+        bad = [
+            (one["id"], [node["html"][:200] for node in one["nodes"][:2]])
+            for one in found
+            if one["impact"] in ("serious", "critical")
+        ]
+        assert not bad, f"{name}: {bad}"
+    tab.close()
+
+
+def test_a_first_visit_has_a_tour_and_a_phone_no_sideways_scroll(chromium, site):
+    tab = Tab(chromium, site.port, toured=False, viewport={"width": 380, "height": 800})
+    wide = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    for i in range(1, 8):
+        tab.page.wait_for_selector(f"#tour:has-text('{i} of 7')")
+        assert tab.page.evaluate(wide) == 0
+        tab("#tour button.main").click()
+    tab.page.wait_for_selector("#tour", state="hidden")
+    for name in ("badges", "training", "compare", "matches"):
+        tab.look(name) if name != "badges" else tab.view(name)
+        assert tab.page.evaluate(wide) == 0, name
+    tab.page.reload()
+    tab.page.wait_for_selector("body[data-ready]")
+    assert not tab("#tour").is_visible()
+    tab.close()
+
+
+def test_the_lines_behind_each_view_can_be_shown(site, tab):
+    tab.look("surprise")
+    tab.page.wait_for_selector("#view .tokens")
+    tab("text=show the lines").click()
+    tab.page.wait_for_selector("pre.source")
+    assert "def surprise(" in tab.texts("pre.source")[0]
 
 
 # ------------------------------------------------------------------------------------------ glass/settings.py

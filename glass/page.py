@@ -22,7 +22,8 @@ from glass.library import describe_runs
 from glass.openai_json import Fields, check_text, wrong
 
 HTML = Path(__file__).resolve().parent / "page.html"
-FAQ_SCORE, FAQ_LOGPROB = 0.6, -1.5  # from and below which the page shows the file's answer
+FAQ_SCORE = 0.6  # similarity from which the page shows the file's answer
+FAQ_LOGPROB, FAQ_UNSURE_SCORE = -1.5, 0.2  # the same where the model's mean log-probability is below
 SOURCES_OF = {  # of a view: the functions that make its numbers
     "talk": [generate.stream, generate.sample],
     "tokens": [looking.merged_words],
@@ -159,5 +160,6 @@ class Page:
         check_text("question", question)
         score, row = await asyncio.to_thread(self.faq.find, question)
         thresholds = {"threshold": FAQ_SCORE, "logprob_threshold": FAQ_LOGPROB}
+        thresholds["unsure_threshold"] = FAQ_UNSURE_SCORE
         found = {"question": row["question"], "answer": row["answer"], "score": score}
         return JSONResponse(found | thresholds)
