@@ -23,7 +23,10 @@ from glass.openai_json import Fields, check_text, wrong
 
 HTML = Path(__file__).resolve().parent / "page.html"
 FAQ_SCORE = 0.6  # similarity from which the page shows the file's answer
-FAQ_LOGPROB, FAQ_UNSURE_SCORE = -1.5, 0.2  # the same where the model's mean log-probability is below
+FAQ_LOGPROB, FAQ_UNSURE_SCORE = (
+    -1.5,
+    0.2,
+)  # the same where the model's mean log-probability is below
 SOURCES_OF = {  # of a view: the functions that make its numbers
     "talk": [generate.stream, generate.sample],
     "tokens": [looking.merged_words],
