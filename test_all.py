@@ -2564,6 +2564,7 @@ def test_sample_writes_several_texts_and_shows_probabilities(trained, capsys):
         (["--start=FILE:nothing.txt"], "nothing.txt is not a file"),
         (["--out_dir=out/none"], "holds no checkpoint"),
         (["--temperature=-1"], "temperature=-1.0 must not be negative"),
+        ([f"--temperature={10**400}"], "must be float"),
         (["--top_k=0"], "top_k=0 must be at least 1"),
     ],
 )
@@ -3578,6 +3579,7 @@ GOOD = {"model": "base", "prompt": "a", "max_tokens": 1}
         ("completions", {**GOOD, "max_tokens": -1}, 400, "max_tokens=-1"),
         ("completions", {**GOOD, "max_tokens": 1.5}, 400, "max_tokens=1.5"),
         ("completions", {**GOOD, "temperature": -1}, 400, "temperature=-1"),
+        ("completions", {**GOOD, "top_p": 10**400}, 400, "top_p=1000"),
         ("completions", {**GOOD, "temperature": 1e-9}, 400, "temperature"),
         ("completions", {**GOOD, "temperature": "hot"}, 400, "temperature"),
         ("completions", {**GOOD, "top_p": 2}, 400, "top_p=2"),

@@ -79,7 +79,8 @@ class Fields:
         value = self.left.pop(name, None)
         if value is None:
             return default
-        is_kind = type(value) is kind or (kind is float and type(value) is int)
+        is_whole = type(value) is int and abs(value) < 2**1000  # larger ones are no float
+        is_kind = type(value) is kind or (kind is float and is_whole)
         if not is_kind:
             raise wrong(name, value, f"a {kind.__name__}")
         if kind is str:

@@ -209,7 +209,7 @@ def check_type(name, value, hint):
         if typing.get_origin(choice) is typing.Literal:
             if value in typing.get_args(choice):
                 return value
-        elif choice is float and type(value) is int:
+        elif choice is float and type(value) is int and abs(value) < 2**1000:
             return float(value)
         elif type(value) is (typing.get_origin(choice) or choice):
             return value
