@@ -4428,13 +4428,15 @@ def test_the_page_goes_on_when_the_server_is_killed_and_started_again(chromium, 
     tab("#tab-surprise").click()
     assert tab("[role=alert]:visible").all_text_contents().count(tab.texts("#banner")[0]) == 1
     again = Running("--out_dir=out/base", "--which=last", f"--port={port}")
-    tab.page.wait_for_selector("#banner", state="hidden")
-    tab.page.wait_for_selector("#view[aria-labelledby=tab-surprise] .tokens")
-    tab.view("talk")
-    tab.say("To be")
-    assert tab(".message.assistant .content").text_content()
-    tab.close()
-    again.stop()
+    try:
+        tab.page.wait_for_selector("#banner", state="hidden")
+        tab.page.wait_for_selector("#view[aria-labelledby=tab-surprise] .tokens")
+        tab.view("talk")
+        tab.say("To be")
+        assert tab(".message.assistant .content").text_content()
+        tab.close()
+    finally:
+        again.stop()
 
 
 def test_two_tabs_of_the_page_work_at_once(site, tab, monkeypatch):
@@ -4543,8 +4545,9 @@ def test_a_first_visit_of_the_page_has_a_tour_and_a_phone_no_sideways_scroll(chr
         assert tab.page.evaluate(wide) == 0
         tab("#tour button.main").click()
     tab.page.wait_for_selector("#tour", state="hidden")
-    for name in ("badges", "training", "compare", "matches"):
-        tab.look(name) if name != "badges" else tab.view(name)
+    tab.look("lens", PAGE_TEXT * 3)  # wider than the screen: it scrolls in its own box
+    for name in ("lens", "badges", "training", "compare", "matches"):
+        tab.view(name)
         assert tab.page.evaluate(wide) == 0, name
     tab.page.reload()
     tab.page.wait_for_selector("body[data-ready]")
