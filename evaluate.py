@@ -228,7 +228,7 @@ def measure_items(task, loaded, asked, **notes):
 
 def measure_core(loaded, limit):
     """Figures of glassCORE: the accuracy of each kind, and the mean of the centred accuracies."""
-    figures, means, lows, highs = [], [], [], []
+    figures, means, halves = [], [], []
     n = min(limit or core.N_ITEMS, core.N_ITEMS)
     for kind in core.KINDS:
         items = core.core_items(kind, n)
@@ -242,10 +242,9 @@ def measure_core(loaded, limit):
             guessing = figure.chance
             means.append(core.centred(figure.value, guessing))
             spread = (figure.interval[1] - figure.interval[0]) / (1 - guessing)
-            lows.append(spread / 2)
-            highs.append(spread / 2)
+            halves.append(spread / 2)
     if means:
-        half = math.sqrt(sum(half**2 for half in lows)) / len(means)  # independent kinds
+        half = math.sqrt(sum(half**2 for half in halves)) / len(means)  # independent kinds
         mean = sum(means) / len(means)
         notes = {"kinds": len(means)}
         interval = (mean - half, mean + half)
@@ -260,7 +259,7 @@ def measure_core(loaded, limit):
 # Answers and classes.
 
 
-def read_rows(name, loaded, limit):
+def read_rows(name, limit):
     """(task name, rows of the test split), from a dataset under data/ or a file."""
     from glass import sources
     from glass.shards import folder_of
@@ -279,7 +278,7 @@ def measure_answers(loaded, settings):
     from glass import chat, sources
     from glass.generate import answer
 
-    task, rows = read_rows(settings.answers, loaded, settings.limit)
+    task, rows = read_rows(settings.answers, settings.limit)
     template = loaded.chat_template or "alpaca"
     check = read_checker(settings.checker)
     room = loaded.model.config.block_size - settings.answer_tokens
@@ -339,7 +338,7 @@ def measure_classes(loaded, settings):
 
     if not loaded.model.config.n_classes or not loaded.state:
         raise ValueError("classes needs a classifier: train one with finetune.py --task=classify")
-    task, rows = read_rows(settings.classes, loaded, settings.limit)
+    task, rows = read_rows(settings.classes, settings.limit)
     labels = loaded.state["task"]["labels"]
     longest = min(loaded.state["settings"]["block_size"], loaded.model.config.block_size)
     parts = []
@@ -506,6 +505,11 @@ def main(argv):
     if not s.save and not Path(run).is_dir():
         path = Path("eval.json")
     figures = measure(loaded, s)
+    if not figures:
+        raise ValueError(
+            f"core={s.core} leaves nothing to measure: name --text, --dataset, --items, --answers "
+            "or --classes"
+        )
     if s.compare:
         compared(figures, measure(load(s, s.compare), s), s.compare)
     print(table(figures))

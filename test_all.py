@@ -1554,6 +1554,14 @@ def test_a_run_is_no_published_model(trained, capsys):
     assert not Path("out/b").exists()
 
 
+def test_items_of_multiple_choice_are_no_text_to_train_on(workdir, capsys):
+    Path("data/lambada").mkdir()
+    Path("data/lambada/lambada_test.jsonl").write_text('{"text": "to be or not"}\n')
+    assert run_main(prepare.main, ["lambada"], capsys)[0] == 0
+    status, _, err = run_main(train.main, [*TINY_RUN, "--dataset=lambada"], capsys)
+    assert status == 2 and "dataset=lambada is for evaluate.py --items lambada" in err
+
+
 def test_a_run_without_a_step_names_no_command_that_fails(workdir, capsys):
     status, out, _ = run_main(train.main, [*TINY_RUN, "--max_iters=0"], capsys)
     assert status == 0 and "sample.py" not in out and "to go on" not in out
@@ -1582,8 +1590,13 @@ def test_kept_weights_stay_and_are_those_of_their_step(workdir, capsys):
     assert_same(kept["model"], checkpoint.load("out/short")["model"])
     model, tokenizer, state = weights.load_run("out/small", 4)
     assert state["step"] == 4 and tokenizer.vocab_size == model.config.vocab_size
+    for path in Path("out/small").glob("*.pt"):
+        path.write_bytes(b"torn")
+    status, out, _ = run_main(train.main, [*TINY_RUN, "--init_from=auto"], capsys)
+    assert status == 0 and checkpoint.kept_steps("out/small") == [3, 6]  # none of the old run's
+    assert len(list(Path("out/small").glob("kept_*.damaged"))) == 4
     run_main(train.main, [*TINY_RUN, "--overwrite=True"], capsys)
-    assert not list(Path("out/small").glob("kept_*"))
+    assert not list(Path("out/small").glob("kept_*.pt"))
 
 
 def test_files_that_a_kill_left_half_written_are_removed(trained, capsys):
@@ -3004,6 +3017,9 @@ def test_evaluate_answers_as_the_task_itself_does(long_base, capsys):
 
 
 def test_evaluate_names_what_it_cannot_do(trained, capsys):
+    shape = [*AS_GPT2, "--bias=True", "--mlp=gelu", "--out_dir=out/gpt2"]
+    run_main(train.main, [*TINY_RUN, *shape], capsys)
+    assert run_main(sample.main, ["--out_dir=out/gpt2", "--export=published"], capsys)[0] == 0
     cases = [
         (["--items=none.jsonl"], "items=none.jsonl does not exist"),
         (["--items=piqa"], "run python prepare.py piqa"),
@@ -3016,6 +3032,7 @@ def test_evaluate_names_what_it_cannot_do(trained, capsys):
         (["--report=page.txt", "out/small"], "must end in .html"),
         (["--report=page.html", "data"], "holds no config.json"),
         (["--stride=0", "--text", "small.txt"], "stride=0 must be at least 1"),
+        (["--core=False", "--init_from=published"], "core=False leaves nothing to measure"),
     ]
     for words, says in cases:
         status, _, err = run_main(evaluate.main, words, capsys)
@@ -3095,14 +3112,19 @@ def test_a_run_says_where_and_with_what_it_was_made(trained, capsys):
         json.loads(line) for line in Path("out/small/samples.jsonl").read_text().splitlines()
     ]
     assert [sample["step"] for sample in samples] == [3, 6]
+    with open("out/small/samples.jsonl", "a") as file:
+        file.write(json.dumps({"step": 7, "text": "of a run that was killed"}) + "\n{torn\n")
     resume("out/small", capsys, "--max_iters=8")
+    samples = Path("out/small/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [3, 6, 8]
     about = json.loads(Path("out/small/about.json").read_text())
     assert [start["step"] for start in about["starts"]] == [0, 6]
 
 
 def test_the_core_imports_nothing_that_looks_at_it():
     """serve, trace, evaluate and report can be deleted without the rest noticing."""
-    lookers = {"serve", "evaluate", "trace", "report", "score", "core", "items", "intervals"}
+    lookers = "serve evaluate trace looking matches pictures report score core items intervals"
+    lookers = {*lookers.split(), *"contamination page engine batch library guard answers".split()}
     for name in ("model.py", "train.py", "finetune.py", "prepare.py", "bpe.py"):
         tree = ast.parse((HERE / name).read_text())
         for node in ast.walk(tree):

@@ -315,9 +315,13 @@ def open_or_prepare(name):
     try:
         return open_dataset(name)
     except FileNotFoundError:
-        is_large = prepare.download_bytes(name) > 100e6
-        if count_processes() > 1 or is_large or name not in prepare.SOURCES:
+        source, is_large = prepare.SOURCES.get(name), prepare.download_bytes(name) > 100e6
+        if count_processes() > 1 or is_large or source is None:
             raise
+        if source.kind == "choices":
+            raise ValueError(
+                f"dataset={name} is for evaluate.py --items {name}: train on a text"
+            ) from None
     say(f"dataset {name} is not there yet: preparing it")
     prepare.prepare(prepare.Settings(name=name))
     return open_dataset(name)

@@ -33,6 +33,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import evaluate
 import finetune
 import prepare
 import sample
@@ -43,6 +44,7 @@ from glass.settings import HOME, choices_of, configure, errors_in_one_line
 from glass.shards import folder_of
 
 SCRIPTS = {"train": train, "finetune": finetune, "sample": sample, "prepare": prepare}
+SCRIPTS["evaluate"] = evaluate
 ALL_SETTINGS = {field.name for script in SCRIPTS.values() for field in fields(script.Settings)}
 TINY = """
     --batch_size=4 --max_iters=4 --eval_interval=2 --log_interval=1 --warmup_iters=1
@@ -59,6 +61,7 @@ TUNED = """
 AS_GPT2 = "--pos=learned --qk_norm=False --smear=False --embed_skip=False".split()
 SMALL = ["--dataset=small", *SHAPE, *TINY]
 DRAWN = "--max_new_tokens=8 --device=cpu".split()
+MEASURED = "--out_dir=out/base --device=cpu --items=rows/items.jsonl".split()
 TASKS = {"classify": "classes", "instruct": "orders", "prefer": "pairs", "reinforce": "orders"}
 
 
@@ -171,6 +174,8 @@ def write_rows():
         "pairs": [{"instruction": t, "chosen": "to be", "rejected": "nor"} for t in texts],
     }
     Path("rows").mkdir()
+    asked = [{"query": text, "choices": ["to be", "nor"], "gold": 0} for text in texts[:9]]
+    Path("rows/items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in asked))
     for name, items in rows.items():
         path = Path("rows") / name
         path.with_suffix(".json").write_text(json.dumps(items))
@@ -229,6 +234,7 @@ WORK = set(
 )
 LEFT_OUT = {  # slow to compile, or in need of the network
     "compile": {"True"},
+    "core": {"True", "None"},  # reads all of Python's documentation
     "wandb_log": {"True"},
     "input": {"*", ".", ""},  # these read files that the command did not mean
 }
@@ -264,7 +270,7 @@ def rope_scaling(factor):
 
 def settings_case(rng):
     """A valid small command line with one or two settings generated."""
-    name = rng.choice(["train", "train", *TASKS, "sample", "sample", "prepare"])
+    name = rng.choice(["train", "train", *TASKS, "sample", "sample", "prepare", "evaluate"])
     if name == "train":
         script, words = "train", [*SMALL, "--out_dir=out/new"]
         if rng.random() < 0.25:
@@ -273,6 +279,8 @@ def settings_case(rng):
         script, words = "sample", [*DRAWN, "--out_dir=out/base"]
         if rng.random() < 0.3:
             words = [*DRAWN, "--init_from=published"]
+    elif name == "evaluate":
+        script, words = "evaluate", [*MEASURED]
     elif name == "prepare":
         script = "prepare"
         words = ["--name=mine", "--input=small.txt", "--tokenizer=char", "--workers=1"]
@@ -301,6 +309,7 @@ def readers():
     return [
         *tables * 2,
         ("rows/chats.*", "finetune", ["instruct"]),
+        *[("rows/items.jsonl", "evaluate", MEASURED)] * 2,
         *[("texts/*", "prepare", [*OWN_TEXT, "FILE"])] * 3,
         ("tokenizer.json", "prepare", own_words),
         *[("data/small/meta.json", "train", [*SMALL, "--out_dir=out/new"])] * 2,
@@ -579,6 +588,8 @@ def names_cause(case, refusal):
 def may_write(case, name, is_new):
     """Whether a command may write the file `name`: in its own folder, where it is new or reused."""
     given = dict(word[2:].partition("=")[::2] for word in case.words if word.startswith("--"))
+    if case.script == "evaluate":
+        return name in (f"{given['out_dir']}/eval.json", given.get("save"), given.get("report"))
     if case.script == "prepare":
         dataset = given.get("name") or case.words[0]
         own, reuses = folder_of(dataset), "overwrite" in given

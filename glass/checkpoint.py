@@ -293,7 +293,8 @@ def set_aside(folder, loaded):
     if loaded:
         paths = paths[: paths.index(Path(loaded))]
     elif paths:
-        paths = {*paths, *(Path(folder) / name for name in LEFT_BEHIND)}
+        kept = [kept_path(folder, step) for step in kept_steps(folder)]
+        paths = {*paths, *kept, *(Path(folder) / name for name in LEFT_BEHIND)}
     for path in paths:
         aside, number = path.with_name(f"{path.name}.damaged"), 1
         while aside.exists():

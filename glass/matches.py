@@ -14,7 +14,7 @@ from glass.files import write_json
 from glass.progress import say
 from glass.shards import META, folder_of, open_dataset
 
-LARGEST = 50_000_000  # tokens; sorting takes 40 bytes for each in memory
+LARGEST = 50_000_000  # tokens; sorting takes about 75 bytes of memory for each
 LONGEST = 64  # suffixes are sorted by this many tokens, and matches are that long at most
 
 

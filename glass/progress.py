@@ -40,6 +40,8 @@ class Progress:
             self.metrics_path = run.folder / "metrics.jsonl"
             with warned_about(self.metrics_path):
                 self.keep_metrics(self.metrics_path)
+            with warned_about(run.folder / "samples.jsonl"):
+                self.keep_samples(run.folder / "samples.jsonl")
             self.wandb = start_wandb(s) if s.wandb_log else None
             hidden = not sys.stderr.isatty()
             bar = dict(total=s.max_iters, initial=run.step, unit="step", dynamic_ncols=True)
@@ -57,6 +59,19 @@ class Progress:
                     self.lines.append(line)
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_text(path, text)
+
+    def keep_samples(self, path):
+        """Leave out the samples from after a resumed run's checkpoint: they are drawn again."""
+        if not path.exists():
+            return
+        run, kept = self.run, []
+        evaluates_again = run.step % run.settings.eval_interval == 0
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                step = json.loads(line)["step"]
+                if step < run.step or (step == run.step and not evaluates_again):
+                    kept.append(line)
+        write_text(path, "".join(kept))
 
     def seconds(self):
         """Seconds since training began in this process."""

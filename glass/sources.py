@@ -450,7 +450,7 @@ HELLASWAG = Download(
 )
 PIQA_URL = "https://yonatanbisk.com/piqa/data"
 PIQA = (
-    Download(f"{PIQA_URL}/valid.jsonl", "piqa_valid.jsonl", 796_000),
+    Download(f"{PIQA_URL}/valid.jsonl", "piqa_valid.jsonl", 495_929),
     Download(f"{PIQA_URL}/valid-labels.lst", "piqa_valid-labels.lst", 3_676),
 )
 LAMBADA = Download(
@@ -463,16 +463,6 @@ WINOGRANDE = Download(
     "winogrande_dev.jsonl",
     3_400_000,
     member="winogrande_1.1/dev.jsonl",
-)
-ARC_URL = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
-ARC = tuple(
-    Download(
-        ARC_URL,
-        f"arc_{level.lower()}_test.jsonl",
-        680_841_265,
-        member=f"ARC-V1-Feb2018-2/ARC-{level}/ARC-{level}-Test.jsonl",
-    )
-    for level in ("Easy", "Challenge")
 )
 COPA = Download(
     "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/COPA.zip",
@@ -554,7 +544,6 @@ SOURCES = {
     "piqa": Source("PIQA: which way works (AFL 3.0)", PIQA, kind="choices"),
     "lambada": Source("LAMBADA: the last word (CC BY 4.0)", (LAMBADA,), kind="choices"),
     "winogrande": Source("Winogrande: whom a pronoun means (CC BY)", (WINOGRANDE,), kind="choices"),
-    "arc": Source("ARC: science at school (CC BY-SA 4.0)", ARC, kind="choices"),
     "copa": Source("COPA: cause or effect (BSD)", (COPA,), kind="choices"),
 }
 
