@@ -5668,7 +5668,7 @@ def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster
     linear = torch.nn.Linear(48, 600).bfloat16()
     fast = generate.RowLinear(linear)
     fast.converts = True
-    x = torch.randn(2, 5, 48).bfloat16()
+    x = torch.randn(2, 8, 48).bfloat16()
     expected = F.linear(x.float(), linear.weight.float()).bfloat16() + linear.bias
     assert fast(x).dtype == torch.bfloat16
     torch.testing.assert_close(fast(x), expected, rtol=2**-7, atol=1e-3)  # one rounding
