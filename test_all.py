@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -6443,3 +6444,69 @@ def test_forty_cases_of_the_fuzzer_hold():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "40 of 40 cases hold" in done.stdout, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- lessons/
+
+LESSONS = sorted((HERE / "lessons").glob("[0-9][0-9]_*.py"))
+
+
+def cells_of(path):
+    """(exercise number or None, source) of each code cell of a lesson, or of its solutions."""
+    jupytext = pytest.importorskip("jupytext")
+    for cell in jupytext.read(path, fmt="py:percent").cells:
+        if cell.cell_type == "code":
+            yield next(iter(cell.metadata.get("tags", [])), None), cell.source
+
+
+def exercises_of(lesson):
+    return [number for number, _ in cells_of(lesson) if number]
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_runs_as_it_is_from_any_folder(lesson):
+    command = [sys.executable, str(lesson)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for number in exercises_of(lesson):
+        assert f"{number} is not done yet" in done.stdout
+    assert " is wrong: " not in done.stdout
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_takes_right_answers_and_refuses_wrong_ones(lesson, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(lesson.parent))
+    solutions = dict(cells_of(lesson.parent / "solutions.py"))
+    mistakes = dict(cells_of(lesson.parent / "mistakes.py"))
+    assert 3 <= len(exercises_of(lesson)) <= 6
+    names = {"__name__": "lesson"}
+    for number, cell in cells_of(lesson):
+        if number is None:
+            exec(cell, names)
+            continue
+        capsys.readouterr()
+        exec(mistakes[number], dict(names))
+        assert f"{number} is wrong: " in capsys.readouterr().out
+        exec(solutions[number], names)
+        assert f"{number} is right. " in capsys.readouterr().out
+
+
+def test_notebooks_are_those_of_the_lessons():
+    pytest.importorskip("nbformat")
+    make = runpy.run_path(str(HERE / "lessons/make.py"))
+    stale = [lesson.name for lesson in LESSONS if make["is_stale"](lesson)]
+    assert not stale, f"run python lessons/make.py: {stale} changed"
+    sizes = [path.stat().st_size for path in (HERE / "lessons").glob("*.ipynb")]
+    assert sum(sizes) < 6e6
+
+
+def test_every_exercise_has_a_hint_a_solution_and_a_mistake(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "lessons"))
+    import desk
+
+    numbers = [number for lesson in LESSONS for number in exercises_of(lesson)]
+    for name in ("solutions", "mistakes"):
+        assert exercises_of(HERE / f"lessons/{name}.py") == numbers
+    for number in numbers:
+        assert desk.find(number).hints
+    assert sorted(desk.EXERCISES) == sorted(numbers)
