@@ -23,6 +23,7 @@ A matrix is {"shape", "scale", "base64"}: uint8 that, times the scale, give the 
 
 import base64
 import math
+import weakref
 
 import numpy as np
 import torch
@@ -33,26 +34,16 @@ from glass.chat import MARKERS, encode_chat
 
 THUMBNAIL = 24  # pixels of a small attention map
 LARGE_VOCABULARY, MOST_POSITIONS = 8192, 32  # beyond, the lens takes 32 positions a request
+BADGES = weakref.WeakKeyDictionary()  # of each model that was asked: they depend on no text
 
 
 class Request:
     """A checked request. Every value that is wrong raises ValueError, in one line."""
 
-    KEYS = {
-        *(
-            "text",
-            "ids",
-            "messages",
-            "parts",
-            "k",
-            "position",
-            "positions",
-            "layer",
-            "head",
-            "by_value",
-        ),
-        *("token", "mask", "dataset", "model", "other"),
-    }
+    KEYS = set(
+        "text ids messages parts k position positions layer head by_value token mask dataset model "
+        "other".split()
+    )
 
     def __init__(self, loaded, body):
         if unknown := sorted(body.keys() - self.KEYS):
@@ -133,7 +124,9 @@ class Request:
         """The token asked for; by default the one that comes next, or the likeliest."""
         config = self.model.config
         is_last = position == len(self.ids) - 1
-        default = int(self.found.logits[position].argmax()) if is_last else self.ids[position + 1]
+        default = (
+            int(self.found.logits_at(position).argmax()) if is_last else self.ids[position + 1]
+        )
         return self.integer("token", default, 0, config.vocab_size - 1)
 
     @property
@@ -214,7 +207,7 @@ def likeliest_part(r):
 
 
 def logits_part(r):
-    row = r.found.logits[r.position].float().cpu().numpy().astype("<f4")
+    row = r.found.logits[r.position].cpu().numpy().astype("<f4")
     return {"position": r.position, "row": base64.b64encode(row.tobytes()).decode("ascii")}
 
 
@@ -265,7 +258,7 @@ def pushes_part(r):
         "position": position,
         "token": token,
         "text": r.loaded.tokenizer.decode([token]),
-        "logit": float(r.found.logits[position, token]),
+        "logit": float(r.found.logits_at(position)[token]),
         "heads": numbers(heads),
         "mlps": numbers(mlps),
         "others": others,
@@ -296,7 +289,9 @@ def switched_off_part(r):
 
 def badges_part(r):
     r.layer()
-    named = zip(("previous", "induction", "first"), tracing.head_badges(r.model), strict=True)
+    if r.model not in BADGES:
+        BADGES[r.model] = tracing.head_badges(r.model)
+    named = zip(("previous", "induction", "first"), BADGES[r.model], strict=True)
     return {name: numbers(scores) for name, scores in named}
 
 
