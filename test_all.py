@@ -29,6 +29,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -4869,6 +4870,14 @@ class FailingFiles:
             raise (
                 OSError(errno.ENOSPC, "No space left on device") if self.how == "full" else Crash()
             )
+
+
+def test_looking_whether_a_run_trains_never_refuses_its_start(tmp_path):
+    (tmp_path / "lock").touch()
+    looks = filelock.FileLock(tmp_path / "lock")
+    looks.acquire()  # as is_locked does, for a moment
+    threading.Timer(0.1, looks.release).start()
+    files.lock(tmp_path).release()
 
 
 @pytest.mark.parametrize("how", ["full", "torn", pytest.param("exit", marks=needs_unix)])

@@ -34,7 +34,7 @@ def lock(folder, name=None):
     """
     held = filelock.FileLock(Path(folder) / "lock")
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=0.5)  # seconds: is_locked holds it for a moment
     except filelock.Timeout as error:
         raise ValueError(
             f"{name or folder} is in use by a command that is still running: "
