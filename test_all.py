@@ -4874,7 +4874,7 @@ class FailingFiles:
 
 def test_looking_whether_a_run_trains_never_refuses_its_start(tmp_path):
     (tmp_path / "lock").touch()
-    looks = filelock.FileLock(tmp_path / "lock")
+    looks = filelock.FileLock(tmp_path / "lock", thread_local=False)  # a timer releases it
     looks.acquire()  # as is_locked does, for a moment
     threading.Timer(0.1, looks.release).start()
     files.lock(tmp_path).release()
