@@ -58,6 +58,7 @@ class Settings:
     shard_tokens: int = 100_000_000  # tokens per shard
     workers: int | None = None  # processes that tokenize; None: one per core
     overwrite: bool = False  # make a dataset again that is there already
+    objects: int | None = None  # of docs: how many functions and classes; None: 2,000
     allow_unknown: bool = False  # even if a given tokenizer does not know a tenth of the text
 
     def __post_init__(self):
@@ -76,6 +77,11 @@ class Settings:
         if self.input and source and source.records and not source.downloads:
             raise ValueError(
                 f"dataset {self.name} is generated, so it reads no --input: leave that out"
+            )
+        if self.objects is not None and (self.name != "docs" or self.objects < 1):
+            raise ValueError(
+                f"objects={self.objects} is for python prepare.py docs, and at least 1: "
+                "leave it out"
             )
         if not self.tokenizer:
             self.tokenizer = source.tokenizer if source else "gpt2"
@@ -630,9 +636,10 @@ def prepare_records(settings, source, files):
     if files:
         found = itertools.chain.from_iterable(map(source.records, files))
     else:
-        found = source.records()
+        found = source.records(settings.objects) if settings.objects else source.records()
     for record in found:
         asked = [record[key] for key in ("text", "prompt", "instruction", "input") if key in record]
+        asked += [message["content"] for message in record.get("messages", [])]
         normalised = " ".join("\n".join(asked).lower().split())
         records.setdefault(normalised, record)
     splits = {"train": [], "val": [], "test": []}

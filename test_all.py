@@ -6,10 +6,13 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import gzip
 import hashlib
 import html.parser
 import http.client
+import importlib
+import inspect
 import json
 import math
 import os
@@ -51,6 +54,7 @@ from glass import (
     checkpoint,
     contamination,
     core,
+    docs,
     files,
     generate,
     intervals,
@@ -6345,6 +6349,45 @@ def test_the_ending_of_a_table_may_be_in_capitals(in_tmp_path):
     assert list(sources.read_table("ROWS.CSV")) == [
         ("ROWS.CSV line 2", {"label": "ham", "text": "hi"})
     ]
+
+
+def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(monkeypatch):
+    root = Path(os.__file__).parent
+    names = "posixpath.py genericpath.py json/__init__.py json/decoder.py bisect.py threading.py"
+    monkeypatch.setattr(
+        sources, "standard_library", lambda: [root / name for name in names.split()]
+    )
+    facts = {fact.name: fact for fact in docs.read_facts()}
+    join = facts["os.path.join"]  # defined in posixpath
+    assert join.module == "os.path" and join.arguments == "(a, *p)"
+    assert inspect.getdoc(os.path.join).replace("\n", " ").startswith(join.sentence)
+    assert "json.JSONDecoder" in facts and "json.decoder.JSONDecoder" not in facts
+    start = facts["threading.Thread.start"]
+    assert (start.module, start.arguments) == ("threading", "()")
+    for name, fact in facts.items():
+        path = name.removeprefix(fact.module + ".").split(".")
+        assert functools.reduce(getattr, path, importlib.import_module(fact.module))
+    rows = list(docs.docs_records(objects=40))
+    used = {(row["kind"], row["split"]) for row in rows}
+    for kind in ("does", "arguments", "module", "which", "exists", "unknown", "conversation"):
+        assert {(kind, "train"), (kind, "test")} <= used
+    assert ("unknown letters", "test") in used and ("unknown letters", "train") not in used
+    for row in rows:
+        if row["kind"].startswith("unknown"):
+            asked = re.search(r"I do not know (.*)\.", row["output"])[1]
+            assert asked in row["instruction"] and asked not in facts
+        elif row["kind"] == "does":
+            name = next(
+                name for name in sorted(facts, key=len, reverse=True) if name in row["instruction"]
+            )
+            assert row["output"] == facts[name].sentence
+    phrasings = {split: set() for split in ("train", "val", "test")}
+    for row in rows:
+        if row["kind"] == "arguments":
+            name = max((name for name in facts if name in row["instruction"]), key=len)
+            phrasings[row["split"]].add(row["instruction"].replace(name, "{}"))
+    assert [len(phrasings[split]) for split in ("train", "val", "test")] == [8, 1, 3]
+    assert not phrasings["train"] & phrasings["test"]
 
 
 def test_tasks_have_right_answers_and_no_text_in_two_splits(in_tmp_path):
