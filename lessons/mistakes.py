@@ -28,3 +28,31 @@ def attend(x, attention):
 
 
 check("3.4", attend)
+
+
+# %% tags=["5.1"]
+def rms_norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+
+check("5.1", rms_norm)
+
+# %% tags=["5.2"]
+after_dropout = 0, 0.6, 0.48
+
+check("5.2", after_dropout)
+
+
+# %% tags=["5.3"]
+def count_gpt2(tied):
+    V, C = 50257, 768
+    block = 12 * C * C + 9 * C + 4 * C
+    return V * C + 12 * block + 2 * C + (0 if tied else V * C)
+
+
+check("5.3", count_gpt2)
+
+# %% tags=["5.4"]
+llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 128256 * 4096
+
+check("5.4", llama3_8b)

@@ -33,3 +33,36 @@ def attend(x, attention):
 
 
 check("3.4", attend)
+
+
+# %% tags=["5.1"]
+def rms_norm(x):
+    mean_square = x.square().mean(dim=-1, keepdim=True)
+    return x / (mean_square + 1e-5).sqrt()
+
+
+check("5.1", rms_norm)
+
+# %% tags=["5.2"]
+after_dropout = 0, 0.6 / 0.8, 0.6
+
+check("5.2", after_dropout)
+
+
+# %% tags=["5.3"]
+def count_gpt2(tied):
+    V, C = 50257, 768
+    attention = 4 * (C * C + C)
+    mlp = C * 4 * C + 4 * C + 4 * C * C + C
+    block = attention + mlp + 2 * 2 * C
+    return V * C + 1024 * C + 12 * block + 2 * C + (0 if tied else V * C)
+
+
+check("5.3", count_gpt2)
+
+# %% tags=["5.4"]
+V, C, inner, keys = 128256, 4096, 14336, 8 * 128
+block = 2 * C * C + 2 * C * keys + 3 * C * inner + 2 * C
+llama3_8b = 32 * block + C + 2 * V * C
+
+check("5.4", llama3_8b)
