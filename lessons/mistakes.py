@@ -56,3 +56,31 @@ check("5.3", count_gpt2)
 llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 128256 * 4096
 
 check("5.4", llama3_8b)
+
+
+# %% tags=["15.1"]
+def own_rows(step, rank, n):
+    return list(range(step * 8 + rank, step * 8 + 8, n))
+
+
+check("15.1", own_rows)
+
+
+# %% tags=["15.2"]
+def ring_bytes(n_parameters, n):
+    return (n - 1) / n * n_parameters * 4
+
+
+milliseconds = 10.0
+
+check("15.2", (ring_bytes, milliseconds))
+
+# %% tags=["15.3"]
+n_devices_needed = 2
+
+check("15.3", n_devices_needed)
+
+# %% tags=["15.4"]
+losses = 2.25, 2.25
+
+check("15.4", losses)

@@ -66,3 +66,33 @@ block = 2 * C * C + 2 * C * keys + 3 * C * inner + 2 * C
 llama3_8b = 32 * block + C + 2 * V * C
 
 check("5.4", llama3_8b)
+
+
+# %% tags=["15.1"]
+def own_rows(step, rank, n):
+    share = 8 // n
+    first = step * 8 + rank * share
+    return list(range(first, first + share))
+
+
+check("15.1", own_rows)
+
+
+# %% tags=["15.2"]
+def ring_bytes(n_parameters, n):
+    return 2 * (n - 1) / n * n_parameters * 4
+
+
+milliseconds = ring_bytes(124_439_808, 8) / 25e9 * 1000
+
+check("15.2", (ring_bytes, milliseconds))
+
+# %% tags=["15.3"]
+n_devices_needed = 4
+
+check("15.3", n_devices_needed)
+
+# %% tags=["15.4"]
+losses = (25.0 + 60.0) / (10 + 30), (25.0 / 10 + 60.0 / 30) / 2
+
+check("15.4", losses)
