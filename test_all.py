@@ -2137,6 +2137,13 @@ def test_a_reward_that_is_no_number_is_refused(long_base, capsys, value):
     assert status == 2 and "must return a finite number" in err
 
 
+def test_a_reward_that_raises_is_one_line(long_base, capsys):
+    Path("odd.py").write_text("def reward(prompt, answer):\n    return prompt.nosuch\n")
+    status, _, err = tune("reinforce", capsys, "--reward=odd.py")
+    last = err.splitlines()[-1]
+    assert status == 2 and "odd.py is not as it should be (AttributeError" in last
+
+
 def test_lora_starts_as_the_base_and_leaves_it_unchanged(long_base, capsys):
     stage, model = stage_of("instruct", "--train=lora", "--lora_rank=3", "--lora_alpha=7")
     start = weights.load_model("out/small")[0].eval()
@@ -2425,6 +2432,7 @@ def test_a_reward_that_does_not_run_is_one_line(long_base, capsys):
         b"import nosuch_package\n",
         b"reward = 5\n",
         b"PK\x05\x06" + 18 * b"\0",
+        b"raise SystemExit(0)\n",
     ):
         Path("reward.py").write_bytes(content)
         status, _, err = tune("reinforce", capsys, "--reward=reward.py")
@@ -3038,6 +3046,127 @@ def test_evaluate_names_what_it_cannot_do(trained, capsys):
         status, _, err = run_main(evaluate.main, words, capsys)
         assert status == 2 and says in err.splitlines()[-1], words
     assert not Path("page.html").exists() and not Path("out/small/eval.json").exists()
+
+
+@needs_unix
+def test_results_never_take_the_place_of_a_device(in_tmp_path):
+    os.mkfifo("pipe")
+    with pytest.raises(ValueError, match="pipe or a device"):
+        evaluate.write_json(Path("pipe"), {})
+    assert Path("pipe").is_fifo()
+
+
+def test_what_evaluate_cannot_use_is_said_before_it_measures(trained, monkeypatch, capsys):
+    def measure(*arguments):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    Path("mine.json").write_text('{"my": "notes"}')
+    cases = [
+        (["--save=mine.json"], "name another with --save"),
+        (["--save=out"], "name another with --save"),
+        (["--compare=out/nosuch"], "out/nosuch"),
+    ]
+    for words, says in cases:
+        status, _, err = run_main(evaluate.main, ["--text=small.txt", *words], capsys)
+        assert status == 2 and says in err.splitlines()[-1], words
+    assert Path("mine.json").read_text() == '{"my": "notes"}'
+
+
+def test_evaluate_refuses_settings_that_would_do_nothing(trained, capsys):
+    Path("i.jsonl").write_text('{"query": "To", "choices": ["be", "no"], "gold": 0}\n' * 3)
+    cases = [
+        (["--items=i.jsonl", "--checker=check.py"], "checker=check.py would do nothing"),
+        (["--items=i.jsonl", "--stride=5"], "stride=5 would do nothing"),
+        (["--items=i.jsonl", "--one_stream"], "one_stream=True would do nothing"),
+        (["--text=small.txt", "--shots=3"], "shots=3 would do nothing"),
+        (["--items"], "--items has no value"),
+    ]
+    for words, says in cases:
+        status, _, err = run_main(evaluate.main, words, capsys)
+        assert status == 2 and says in err.splitlines()[-1], words
+
+
+def test_items_that_would_be_measured_wrongly_are_refused(trained, capsys):
+    chosen = '{"query": "To", "choices": ["be", "no"], "gold": 0}\n'
+    predicted = '{"context": "To", "continuation": "be"}\n'
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "same.jsonl").write_text(chosen)
+    cases = [
+        (["a/same.jsonl", "b/same.jsonl"], "2 files called same"),
+        (["mixed.jsonl"], "mixed.jsonl line 1 and line 2"),
+        (["mixed_too.jsonl"], "mixed_too.jsonl line 1 and line 2"),
+        (["blank.jsonl"], "blank.jsonl line 1 must end in a word"),
+    ]
+    Path("mixed.jsonl").write_text(chosen + predicted)
+    Path("mixed_too.jsonl").write_text(predicted + chosen)
+    Path("blank.jsonl").write_text('{"text": "to be "}\n')
+    for paths, says in cases:
+        status, _, err = run_main(evaluate.main, ["--items", *paths], capsys)
+        assert status == 2 and says in err.splitlines()[-1], paths
+
+
+def test_a_line_of_items_ends_at_a_line_feed_alone(tmp_path):
+    item = {"query": "to\u2028be\x85or", "choices": ["to", "be"], "gold": 0}
+    path = tmp_path / "i.jsonl"
+    path.write_text(json.dumps(item, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    (read,) = items.read_items(path)
+    assert read.pairs[0][0] == "to\u2028be\x85or"
+
+
+def test_a_checker_that_gives_no_answer_is_one_line(long_base, capsys):
+    tune("instruct", capsys)
+    words = ["--out_dir=out/tuned", "--answers=orders.jsonl", "--answer_tokens=4", "--limit=3"]
+    for body in ("return None", "return 'no'", "return row['nosuch']", "raise SystemExit(0)"):
+        Path("check.py").write_text(f"def check(row, answer):\n    {body}\n")
+        status, _, err = run_main(evaluate.main, [*words, "--checker=check.py"], capsys)
+        assert status == 2 and "check.py" in err.splitlines()[-1], body
+    for content in ("import sys\nsys.exit(0)\n", "import nosuch_package\n"):
+        Path("check.py").write_text(content)
+        status, _, err = run_main(evaluate.main, [*words, "--checker=check.py"], capsys)
+        assert status == 2 and "check.py" in err.splitlines()[-1], content
+
+
+def test_classes_that_a_model_does_not_know_and_files_without_rows_are_refused(base, capsys):
+    tune("classify", capsys)
+    Path("other.csv").write_text("text,label\nto be,neither\n")
+    Path("empty.csv").write_text("text,label\n")
+    for name, says in (("other", "label='neither' is none of"), ("empty", "has no row")):
+        words = ["--out_dir=out/tuned", f"--classes={name}.csv"]
+        status, _, err = run_main(evaluate.main, words, capsys)
+        assert status == 2 and f"{name}.csv" in err and says in err.splitlines()[-1]
+
+
+def test_text_says_what_the_tokenizer_does_not_know_and_how_unsure_one_piece_is(trained, capsys):
+    Path("odd.txt").write_text("☃☃ to be", encoding="utf-8")
+    status, out, _ = run_main(evaluate.main, ["--text=odd.txt"], capsys)
+    assert status == 0 and "unknown characters 1" in out and " to inf" in out
+    assert max(map(len, out.splitlines())) < 160
+    make("no_val", "small.txt", val_fraction=0.0)
+    status, _, err = run_main(evaluate.main, ["--dataset=no_val"], capsys)
+    assert status == 2 and "holds no text that can be scored" in err.splitlines()[-1]
+    Path("bytes.txt").write_bytes(b"\xff\xfe")
+    for name in ("bytes", "none"):
+        status, _, err = run_main(evaluate.main, [f"--text={name}.txt"], capsys)
+        last = err.splitlines()[-1]
+        assert status == 2 and "--input" not in last and "use --errors" not in last
+
+
+def test_a_report_reads_damaged_files_and_runs_of_one_name(trained, capsys):
+    shutil.copytree("out/small", "copy/small")
+    for folder, value in (("out/small", 0.25), ("copy/small", 0.75)):
+        figure = {"task": "t", "metric": "acc", "value": value, "low": 0.1, "high": 0.9}
+        figures = {"a": figure, "b": figure | {"metric": [1]}}
+        Path(folder, "eval.json").write_text(json.dumps({"figures": figures}))
+    with open("out/small/metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1.0, "tokens": "many", "step_ms": 1}\n')
+    about = json.loads(Path("out/small/about.json").read_text())
+    Path("out/small/about.json").write_text(json.dumps(about | {"flops_per_token": "many"}))
+    words = ["--report=page.html", "out/small", "copy/small"]
+    assert run_main(evaluate.main, words, capsys)[0] == 0
+    page = Path("page.html").read_text()
+    assert "0.2500 (0.1000" in page and "0.7500 (0.1000" in page
 
 
 class Tags(html.parser.HTMLParser):
