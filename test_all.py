@@ -1016,8 +1016,62 @@ def test_ones_own_text_under_a_known_name_is_not_called_the_datasets(in_tmp_path
 @needs_unix
 def test_a_pipe_as_input_is_refused(in_tmp_path, capsys):
     os.mkfifo("pipe")
-    status, _, err = run_main(prepare.main, ["own", "--input", "pipe"], capsys)
-    assert status == 2 and "--input pipe is a pipe or a device" in err
+    Path("folder").mkdir()
+    os.mkfifo("folder/notes.txt")
+    for name in ("pipe", "folder"):
+        status, _, err = run_main(prepare.main, ["own", "--input", name], capsys)
+        assert status == 2 and "is a pipe or a device" in err
+
+
+def test_a_file_that_is_named_twice_is_read_once(in_tmp_path):
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("to be or not " * 20)
+    Path("texts/B.JSONL").write_text('{"text": "that is the question"}\n' * 20)
+    make("own", "texts", "texts/a.txt", "./texts/*.txt")
+    dataset = shards.open_dataset("own")
+    text = "".join(dataset.tokenizer.decode(tokens_of(dataset, s).tolist()) for s in dataset.splits)
+    assert text.count("to be") == 20 and text.count("that is") == 20 and "{" not in text
+
+
+def test_a_byte_order_mark_is_no_text(in_tmp_path):
+    Path("a.txt").write_bytes(b"\xef\xbb\xbf" + b"to be or not " * 20)
+    Path("b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "to be"}\n' * 5)
+    make("own", "a.txt", "b.jsonl")
+    assert "\ufeff" not in shards.open_dataset("own").tokenizer.characters
+
+
+def test_an_input_that_changes_while_it_is_read_makes_no_dataset(in_tmp_path, monkeypatch, capsys):
+    Path("a.txt").write_text("to be or not " * 20)
+    write_shards = prepare.write_shards
+
+    def write_while_it_grows(*arguments):
+        write_shards(*arguments)
+        with open("a.txt", "a") as file:
+            file.write("more")
+
+    monkeypatch.setattr(prepare, "write_shards", write_while_it_grows)
+    words = ["own", "--input", "a.txt", "--tokenizer=char"]
+    status, _, err = run_main(prepare.main, words, capsys)
+    assert status == 2 and "changed while it was read" in err
+    assert not Path("data/own/meta.json").exists()
+    monkeypatch.setattr(prepare, "write_shards", write_shards)
+    assert run_main(prepare.main, words, capsys)[0] == 0
+    dataset = shards.open_dataset("own")
+    assert dataset.tokenizer.decode(tokens_of(dataset, "val").tolist()).endswith("more")
+
+
+@needs_unix
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(in_tmp_path, capsys):
+    Path("texts").mkdir()
+    Path("a.txt").write_text("to be or not " * 20)
+    try:
+        Path("texts", os.fsdecode(b"\xff.txt")).write_text("to be or not " * 20)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    for words in (["own", "--input", "texts"], [os.fsdecode(b"\xff"), "--input", "a.txt"]):
+        status, _, err = run_main(prepare.main, [*words, "--tokenizer=char"], capsys)
+        assert status == 2 and "is not UTF-8: type it again, or rename the file" in err
+    assert not list(Path().glob("data/*/*.bin"))
 
 
 def test_bytes_that_are_not_utf8_are_replaced_on_request(in_tmp_path):
@@ -3563,6 +3617,26 @@ def test_serve_lists_models_and_loads_the_one_that_is_named(running, client):
     assert made["model"] == "base"  # where no model is named
 
 
+def test_serve_goes_on_when_the_files_of_its_model_are_gone(running, in_tmp_path):
+    from glass import library
+
+    tokenizer = bpe.BPETokenizer.train(TEXT, 300)
+    save_run("out/mine", tiny_model(1, vocab_size=tokenizer.vocab_size), tokenizer, step=9)
+    server = Running("--out_dir=out/mine", "--which=last")
+    try:
+        shutil.rmtree("out")
+        asked = {"prompt": "a", "max_tokens": 1}
+        assert server.ask("POST", "/v1/completions", asked)[0] == 200
+        assert server.ask("GET", "/v1/models")[0] == 200
+    finally:
+        server.stop()
+    save_run("out/only", tiny_model(1, vocab_size=tokenizer.vocab_size), tokenizer, step=9)
+    Path("out/only/ckpt_0000009.pt").rename("out/only/best.pt")
+    for which in ("best", "last"):
+        assert library.run_sources("only", "out/only", which)["only"].which == "best"
+    assert library.run_sources("gone", "out/gone") == {}
+
+
 def test_serve_says_that_a_model_does_not_fit_into_memory(running, client, monkeypatch):
     import openai
 
@@ -4777,6 +4851,14 @@ def test_a_config_file_that_does_not_run_or_has_an_unknown_name_is_named(tmp_pat
     path.write_text("n_layers = 3\n")
     with pytest.raises(ValueError, match="'n_layers': did you mean --n_layer"):
         configure(ExampleSettings, [str(path)])
+
+
+def test_a_config_file_that_exits_and_a_list_without_words_are_refused(in_tmp_path, capsys):
+    Path("exits.py").write_text("import sys\nseed = 5\nsys.exit(0)\n")
+    status, _, err = run_main(train.main, ["exits.py"], capsys)
+    assert status == 2 and "config file exits.py does not run (SystemExit: 0)" in err
+    status, _, err = run_main(prepare.main, ["own", "--input"], capsys)
+    assert status == 2 and "--input has no value" in err
 
 
 def test_a_config_file_is_also_looked_for_beside_the_scripts(in_tmp_path):
