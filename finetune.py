@@ -622,7 +622,7 @@ class Reinforce(Instruct):
         value = self.reward_function(messages_of(row, self.template)[-2]["content"], text)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # no number, or one beyond a float
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(

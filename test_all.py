@@ -2184,7 +2184,14 @@ def test_equal_rewards_change_nothing(long_base, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("value", ("float('nan')", "None", "'good'"))
+def test_an_input_that_is_no_text_is_named(base, capsys):
+    with open("orders.jsonl", "a") as file:
+        file.write('{"instruction": "to", "input": 5, "output": "be"}\n')
+    status, _, err = tune("instruct", capsys)
+    assert status == 2 and "orders.jsonl line 61: input=5 must be a text" in err
+
+
+@pytest.mark.parametrize("value", ("float('nan')", "None", "'good'", "10**400"))
 def test_a_reward_that_is_no_number_is_refused(long_base, capsys, value):
     Path("odd.py").write_text(f"def reward(prompt, answer):\n    return {value}\n")
     status, _, err = tune("reinforce", capsys, "--reward=odd.py")
