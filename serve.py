@@ -422,7 +422,7 @@ def start(settings):
     except OSError as error:
         raise ValueError(
             f"host={s.host} port={s.port} cannot be listened at ({error.strerror}): "
-            "choose another --port"
+            "choose another --port or --host"
         ) from error
     server = Server(s)
     hosts = {*LOOPBACK, s.host, *s.allow_host}

@@ -1022,8 +1022,62 @@ def test_ones_own_text_under_a_known_name_is_not_called_the_datasets(in_tmp_path
 @needs_unix
 def test_a_pipe_as_input_is_refused(in_tmp_path, capsys):
     os.mkfifo("pipe")
-    status, _, err = run_main(prepare.main, ["own", "--input", "pipe"], capsys)
-    assert status == 2 and "--input pipe is a pipe or a device" in err
+    Path("folder").mkdir()
+    os.mkfifo("folder/notes.txt")
+    for name in ("pipe", "folder"):
+        status, _, err = run_main(prepare.main, ["own", "--input", name], capsys)
+        assert status == 2 and "is a pipe or a device" in err
+
+
+def test_a_file_that_is_named_twice_is_read_once(in_tmp_path):
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("to be or not " * 20)
+    Path("texts/B.JSONL").write_text('{"text": "that is the question"}\n' * 20)
+    make("own", "texts", "texts/a.txt", "./texts/*.txt")
+    dataset = shards.open_dataset("own")
+    text = "".join(dataset.tokenizer.decode(tokens_of(dataset, s).tolist()) for s in dataset.splits)
+    assert text.count("to be") == 20 and text.count("that is") == 20 and "{" not in text
+
+
+def test_a_byte_order_mark_is_no_text(in_tmp_path):
+    Path("a.txt").write_bytes(b"\xef\xbb\xbf" + b"to be or not " * 20)
+    Path("b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "to be"}\n' * 5)
+    make("own", "a.txt", "b.jsonl")
+    assert "\ufeff" not in shards.open_dataset("own").tokenizer.characters
+
+
+def test_an_input_that_changes_while_it_is_read_makes_no_dataset(in_tmp_path, monkeypatch, capsys):
+    Path("a.txt").write_text("to be or not " * 20)
+    write_shards = prepare.write_shards
+
+    def write_while_it_grows(*arguments):
+        write_shards(*arguments)
+        with open("a.txt", "a") as file:
+            file.write("more")
+
+    monkeypatch.setattr(prepare, "write_shards", write_while_it_grows)
+    words = ["own", "--input", "a.txt", "--tokenizer=char"]
+    status, _, err = run_main(prepare.main, words, capsys)
+    assert status == 2 and "changed while it was read" in err
+    assert not Path("data/own/meta.json").exists()
+    monkeypatch.setattr(prepare, "write_shards", write_shards)
+    assert run_main(prepare.main, words, capsys)[0] == 0
+    dataset = shards.open_dataset("own")
+    assert dataset.tokenizer.decode(tokens_of(dataset, "val").tolist()).endswith("more")
+
+
+@needs_unix
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(in_tmp_path, capsys):
+    Path("texts").mkdir()
+    Path("a.txt").write_text("to be or not " * 20)
+    try:
+        Path("texts", os.fsdecode(b"\xff.txt")).write_text("to be or not " * 20)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    for words in (["own", "--input", "texts"], [os.fsdecode(b"\xff"), "--input", "a.txt"]):
+        status, _, err = run_main(prepare.main, [*words, "--tokenizer=char"], capsys)
+        assert status == 2 and "is not UTF-8: type it again, or rename the file" in err
+    assert not list(Path().glob("data/*/*.bin"))
 
 
 def test_bytes_that_are_not_utf8_are_replaced_on_request(in_tmp_path):
@@ -2136,11 +2190,25 @@ def test_equal_rewards_change_nothing(long_base, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("value", ("float('nan')", "None", "'good'"))
+def test_an_input_that_is_no_text_is_named(base, capsys):
+    with open("orders.jsonl", "a") as file:
+        file.write('{"instruction": "to", "input": 5, "output": "be"}\n')
+    status, _, err = tune("instruct", capsys)
+    assert status == 2 and "orders.jsonl line 61: input=5 must be a text" in err
+
+
+@pytest.mark.parametrize("value", ("float('nan')", "None", "'good'", "10**400"))
 def test_a_reward_that_is_no_number_is_refused(long_base, capsys, value):
     Path("odd.py").write_text(f"def reward(prompt, answer):\n    return {value}\n")
     status, _, err = tune("reinforce", capsys, "--reward=odd.py")
     assert status == 2 and "must return a finite number" in err
+
+
+def test_a_reward_that_raises_is_one_line(long_base, capsys):
+    Path("odd.py").write_text("def reward(prompt, answer):\n    return prompt.nosuch\n")
+    status, _, err = tune("reinforce", capsys, "--reward=odd.py")
+    last = err.splitlines()[-1]
+    assert status == 2 and "odd.py is not as it should be (AttributeError" in last
 
 
 def test_lora_starts_as_the_base_and_leaves_it_unchanged(long_base, capsys):
@@ -2427,6 +2495,7 @@ def test_labels_may_hold_what_is_a_formula_in_a_picture(long_base, capsys):
 
 def test_a_reward_that_does_not_run_is_one_line(long_base, capsys):
     for content in (
+        b"raise SystemExit(0)\n",
         b"def reward(",
         b"import nosuch_package\n",
         b"reward = 5\n",
@@ -3046,6 +3115,127 @@ def test_evaluate_names_what_it_cannot_do(trained, capsys):
     assert not Path("page.html").exists() and not Path("out/small/eval.json").exists()
 
 
+@needs_unix
+def test_results_never_take_the_place_of_a_device(in_tmp_path):
+    os.mkfifo("pipe")
+    with pytest.raises(ValueError, match="pipe or a device"):
+        evaluate.write_json(Path("pipe"), {})
+    assert Path("pipe").is_fifo()
+
+
+def test_what_evaluate_cannot_use_is_said_before_it_measures(trained, monkeypatch, capsys):
+    def measure(*arguments):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    Path("mine.json").write_text('{"my": "notes"}')
+    cases = [
+        (["--save=mine.json"], "name another with --save"),
+        (["--save=out"], "name another with --save"),
+        (["--compare=out/nosuch"], "out/nosuch"),
+    ]
+    for words, says in cases:
+        status, _, err = run_main(evaluate.main, ["--text=small.txt", *words], capsys)
+        assert status == 2 and says in err.splitlines()[-1], words
+    assert Path("mine.json").read_text() == '{"my": "notes"}'
+
+
+def test_evaluate_refuses_settings_that_would_do_nothing(trained, capsys):
+    Path("i.jsonl").write_text('{"query": "To", "choices": ["be", "no"], "gold": 0}\n' * 3)
+    cases = [
+        (["--items=i.jsonl", "--checker=check.py"], "checker=check.py would do nothing"),
+        (["--items=i.jsonl", "--stride=5"], "stride=5 would do nothing"),
+        (["--items=i.jsonl", "--one_stream"], "one_stream=True would do nothing"),
+        (["--text=small.txt", "--shots=3"], "shots=3 would do nothing"),
+        (["--items"], "--items has no value"),
+    ]
+    for words, says in cases:
+        status, _, err = run_main(evaluate.main, words, capsys)
+        assert status == 2 and says in err.splitlines()[-1], words
+
+
+def test_items_that_would_be_measured_wrongly_are_refused(trained, capsys):
+    chosen = '{"query": "To", "choices": ["be", "no"], "gold": 0}\n'
+    predicted = '{"context": "To", "continuation": "be"}\n'
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "same.jsonl").write_text(chosen)
+    cases = [
+        (["a/same.jsonl", "b/same.jsonl"], "2 files called same"),
+        (["mixed.jsonl"], "mixed.jsonl line 1 and line 2"),
+        (["mixed_too.jsonl"], "mixed_too.jsonl line 1 and line 2"),
+        (["blank.jsonl"], "blank.jsonl line 1 must end in a word"),
+    ]
+    Path("mixed.jsonl").write_text(chosen + predicted)
+    Path("mixed_too.jsonl").write_text(predicted + chosen)
+    Path("blank.jsonl").write_text('{"text": "to be "}\n')
+    for paths, says in cases:
+        status, _, err = run_main(evaluate.main, ["--items", *paths], capsys)
+        assert status == 2 and says in err.splitlines()[-1], paths
+
+
+def test_a_line_of_items_ends_at_a_line_feed_alone(tmp_path):
+    item = {"query": "to\u2028be\x85or", "choices": ["to", "be"], "gold": 0}
+    path = tmp_path / "i.jsonl"
+    path.write_text(json.dumps(item, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    (read,) = items.read_items(path)
+    assert read.pairs[0][0] == "to\u2028be\x85or"
+
+
+def test_a_checker_that_gives_no_answer_is_one_line(long_base, capsys):
+    tune("instruct", capsys)
+    words = ["--out_dir=out/tuned", "--answers=orders.jsonl", "--answer_tokens=4", "--limit=3"]
+    for body in ("return None", "return 'no'", "return row['nosuch']", "raise SystemExit(0)"):
+        Path("check.py").write_text(f"def check(row, answer):\n    {body}\n")
+        status, _, err = run_main(evaluate.main, [*words, "--checker=check.py"], capsys)
+        assert status == 2 and "check.py" in err.splitlines()[-1], body
+    for content in ("import sys\nsys.exit(0)\n", "import nosuch_package\n"):
+        Path("check.py").write_text(content)
+        status, _, err = run_main(evaluate.main, [*words, "--checker=check.py"], capsys)
+        assert status == 2 and "check.py" in err.splitlines()[-1], content
+
+
+def test_classes_that_a_model_does_not_know_and_files_without_rows_are_refused(base, capsys):
+    tune("classify", capsys)
+    Path("other.csv").write_text("text,label\nto be,neither\n")
+    Path("empty.csv").write_text("text,label\n")
+    for name, says in (("other", "label='neither' is none of"), ("empty", "has no row")):
+        words = ["--out_dir=out/tuned", f"--classes={name}.csv"]
+        status, _, err = run_main(evaluate.main, words, capsys)
+        assert status == 2 and f"{name}.csv" in err and says in err.splitlines()[-1]
+
+
+def test_text_says_what_the_tokenizer_does_not_know_and_how_unsure_one_piece_is(trained, capsys):
+    Path("odd.txt").write_text("☃☃ to be", encoding="utf-8")
+    status, out, _ = run_main(evaluate.main, ["--text=odd.txt"], capsys)
+    assert status == 0 and "unknown characters 1" in out and " to inf" in out
+    assert max(map(len, out.splitlines())) < 160
+    make("no_val", "small.txt", val_fraction=0.0)
+    status, _, err = run_main(evaluate.main, ["--dataset=no_val"], capsys)
+    assert status == 2 and "holds no text that can be scored" in err.splitlines()[-1]
+    Path("bytes.txt").write_bytes(b"\xff\xfe")
+    for name in ("bytes", "none"):
+        status, _, err = run_main(evaluate.main, [f"--text={name}.txt"], capsys)
+        last = err.splitlines()[-1]
+        assert status == 2 and "--input" not in last and "use --errors" not in last
+
+
+def test_a_report_reads_damaged_files_and_runs_of_one_name(trained, capsys):
+    shutil.copytree("out/small", "copy/small")
+    for folder, value in (("out/small", 0.25), ("copy/small", 0.75)):
+        figure = {"task": "t", "metric": "acc", "value": value, "low": 0.1, "high": 0.9}
+        figures = {"a": figure, "b": figure | {"metric": [1]}}
+        Path(folder, "eval.json").write_text(json.dumps({"figures": figures}))
+    with open("out/small/metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1.0, "tokens": "many", "step_ms": 1}\n')
+    about = json.loads(Path("out/small/about.json").read_text())
+    Path("out/small/about.json").write_text(json.dumps(about | {"flops_per_token": "many"}))
+    words = ["--report=page.html", "out/small", "copy/small"]
+    assert run_main(evaluate.main, words, capsys)[0] == 0
+    page = Path("page.html").read_text()
+    assert "0.2500 (0.1000" in page and "0.7500 (0.1000" in page
+
+
 class Tags(html.parser.HTMLParser):
     """The tags and attributes of a page, and whether every tag that must be closed is."""
 
@@ -3438,6 +3628,26 @@ def test_serve_lists_models_and_loads_the_one_that_is_named(running, client):
     assert running.ask("GET", "/v1/models/..%2Fbase")[0] == 404
     made = running.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1})[2]
     assert made["model"] == "base"  # where no model is named
+
+
+def test_serve_goes_on_when_the_files_of_its_model_are_gone(running, in_tmp_path):
+    from glass import library
+
+    tokenizer = bpe.BPETokenizer.train(TEXT, 300)
+    save_run("out/mine", tiny_model(1, vocab_size=tokenizer.vocab_size), tokenizer, step=9)
+    server = Running("--out_dir=out/mine", "--which=last")
+    try:
+        shutil.rmtree("out")
+        asked = {"prompt": "a", "max_tokens": 1}
+        assert server.ask("POST", "/v1/completions", asked)[0] == 200
+        assert server.ask("GET", "/v1/models")[0] == 200
+    finally:
+        server.stop()
+    save_run("out/only", tiny_model(1, vocab_size=tokenizer.vocab_size), tokenizer, step=9)
+    Path("out/only/ckpt_0000009.pt").rename("out/only/best.pt")
+    for which in ("best", "last"):
+        assert library.run_sources("only", "out/only", which)["only"].which == "best"
+    assert library.run_sources("gone", "out/gone") == {}
 
 
 def test_serve_says_that_a_model_does_not_fit_into_memory(running, client, monkeypatch):
@@ -4654,6 +4864,14 @@ def test_a_config_file_that_does_not_run_or_has_an_unknown_name_is_named(tmp_pat
     path.write_text("n_layers = 3\n")
     with pytest.raises(ValueError, match="'n_layers': did you mean --n_layer"):
         configure(ExampleSettings, [str(path)])
+
+
+def test_a_config_file_that_exits_and_a_list_without_words_are_refused(in_tmp_path, capsys):
+    Path("exits.py").write_text("import sys\nseed = 5\nsys.exit(0)\n")
+    status, _, err = run_main(train.main, ["exits.py"], capsys)
+    assert status == 2 and "config file exits.py does not run (SystemExit: 0)" in err
+    status, _, err = run_main(prepare.main, ["own", "--input"], capsys)
+    assert status == 2 and "--input has no value" in err
 
 
 def test_a_config_file_is_also_looked_for_beside_the_scripts(in_tmp_path):

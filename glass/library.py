@@ -63,11 +63,12 @@ def run_sources(name, folder, which="best"):
     best = Path(folder) / "best.pt"
     paths = {f"{name}@{step}": (step, checkpoint.checkpoint_path(folder, step)) for step in steps}
     paths |= {f"{name}@{step}": (step, checkpoint.kept_path(folder, step)) for step in kept}
-    if which == "best" and best.exists():
-        first = (which, best)
+    if isinstance(which, int):
+        first = (which, checkpoint.checkpoint_path(folder, which))
+    elif steps and (which == "last" or not best.exists()):
+        first = (steps[-1], checkpoint.checkpoint_path(folder, steps[-1]))
     else:
-        step = which if isinstance(which, int) else steps[-1]
-        first = (step, checkpoint.checkpoint_path(folder, step))
+        first = ("best", best)
     for key, (kind, path) in {name: first, **paths}.items():
         with contextlib.suppress(OSError):  # training may have removed it by now
             stat = path.stat()
@@ -124,7 +125,8 @@ class Library:
         if not source.is_run:
             return sources | {name: source}
         which = source.which if isinstance(source.which, int) else "best"
-        return sources | run_sources(name, Path(source.folder), which)
+        # a folder that is gone leaves the model that is in memory
+        return sources | {name: source} | run_sources(name, Path(source.folder), which)
 
     @contextlib.asynccontextmanager
     async def use(self, *names):

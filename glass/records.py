@@ -111,6 +111,10 @@ def check_row(where, fields, task):
         check_messages(where, fields["messages"])
     else:
         sources.check_keys(where, fields, ("instruction", "output"))
+        if not isinstance(fields.get("input") or "", str):
+            raise ValueError(
+                f"{where}: input={fields['input']!r} must be a text: correct it, or leave it out"
+            )
 
 
 def check_messages(where, messages):
