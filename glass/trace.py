@@ -14,6 +14,8 @@ from torch import Tensor
 
 from model import attention_weights
 
+LENS_ROWS = 128  # rows of logits at a time: few large products are faster than many small ones
+
 
 @dataclass
 class Trace:
@@ -115,8 +117,9 @@ def surprise(logits, idx):
 
 def likeliest(logits, k):
     """(ids, log-probabilities) of the k likeliest next tokens: two (..., k) tensors."""
-    logprobs, ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-    return ids, logprobs
+    logits = logits.float()
+    largest, ids = logits.topk(min(k, logits.shape[-1]))
+    return ids, largest - logits.logsumexp(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -132,14 +135,21 @@ def lens(found, positions, k, tokens=None):
         after = found.logits.argmax(-1)
         after[:-1] = found.idx[1:]
         tokens = after[positions]
+    n_stages, P, _ = streams.shape
     ids, logprobs, ranks = [], [], []
-    for stream in streams:
-        logits = model.head(model.final_norm(stream)).float()  # (P, V)
+    rows, tokens = streams.flatten(0, 1), tokens.repeat(n_stages)  # ((2 L + 1) * P, C)
+    for some, wanted in zip(rows.split(LENS_ROWS), tokens.split(LENS_ROWS), strict=True):
+        logits = model.head(model.final_norm(some)).float()  # (at most LENS_ROWS, V)
         top_ids, top_logprobs = likeliest(logits, k)
         ids.append(top_ids)
         logprobs.append(top_logprobs)
-        ranks.append((logits > logits.gather(1, tokens[:, None])).sum(1))
-    return torch.stack(ids), torch.stack(logprobs), torch.stack(ranks)
+        ranks.append((logits > logits.gather(1, wanted[:, None])).sum(1))
+    shape = (n_stages, P)
+    return (
+        torch.cat(ids).unflatten(0, shape),
+        torch.cat(logprobs).unflatten(0, shape),
+        torch.cat(ranks).unflatten(0, shape),
+    )
 
 
 # Who pushed a logit. The final norm divides by one number, so with that number held fixed the
