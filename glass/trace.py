@@ -127,8 +127,9 @@ def surprise(logits, idx):
 
 def likeliest(logits, k):
     """(ids, log-probabilities) of the k likeliest next tokens: two (..., k) tensors."""
-    logprobs, ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-    return ids, logprobs
+    logits = logits.float()
+    largest, ids = logits.topk(min(k, logits.shape[-1]))
+    return ids, largest - logits.logsumexp(-1, keepdim=True)
 
 
 @torch.no_grad()
