@@ -137,7 +137,7 @@ class Request:
             kept = self.loaded.last_trace
             is_same = kept is not None and kept.idx.tolist() == self.ids
             self.traced = kept if is_same else tracing.trace(self.model, self.idx)
-            if self.traced.logits.numel() <= MOST_KEPT:
+            if len(self.ids) * self.model.config.vocab_size <= MOST_KEPT:
                 self.loaded.last_trace = self.traced
         return self.traced
 
