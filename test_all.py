@@ -6127,6 +6127,14 @@ def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster
     torch.testing.assert_close(fast(x), expected, rtol=2**-7, atol=1e-3)  # one rounding
 
 
+def test_a_few_rows_times_a_large_matrix_are_the_same_product():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 9000)
+    fast = generate.RowLinear(linear)
+    for x in (torch.randn(2, 24), torch.randn(3, 1, 24), torch.randn(2, 4, 24)):
+        torch.testing.assert_close(fast(x), linear(x), atol=1e-5, rtol=1e-5)  # float32
+
+
 # ---------------------------------------------------------------------------------------------- glass/chat.py
 
 
