@@ -28,3 +28,33 @@ def attend(x, attention):
 
 
 check("3.4", attend)
+
+# %% tags=["14.1"]
+looks_at = 5
+
+check("14.1", looks_at)
+
+
+# %% tags=["14.2"]
+def induction_score(weights, n):
+    t = torch.arange(n, 2 * n)
+    return weights[t, t - n].mean()
+
+
+check("14.2", induction_score)
+
+
+# %% tags=["14.3"]
+def loss_without(model, idx, layer, head):
+    return model(idx[:, :-1], idx[:, 1:])[1]
+
+
+check("14.3", loss_without)
+
+
+# %% tags=["14.4"]
+def lens_probability(model, stream, token):
+    return model.head(stream).softmax(-1)[token]
+
+
+check("14.4", lens_probability)

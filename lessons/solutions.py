@@ -33,3 +33,37 @@ def attend(x, attention):
 
 
 check("3.4", attend)
+
+# %% tags=["14.1"]
+looks_at = 25 - 20 + 1
+
+check("14.1", looks_at)
+
+
+# %% tags=["14.2"]
+def induction_score(weights, n):
+    t = torch.arange(n, 2 * n)
+    return weights[t, t - n + 1].mean()
+
+
+check("14.2", induction_score)
+
+
+# %% tags=["14.3"]
+def loss_without(model, idx, layer, head):
+    mask = torch.zeros(len(model.blocks), model.config.n_head + 1, dtype=torch.bool)
+    mask[layer, head] = True
+    with torch.no_grad(), switched_off(model, mask):
+        return model(idx[:, :-1], idx[:, 1:])[1]
+
+
+check("14.3", loss_without)
+
+
+# %% tags=["14.4"]
+def lens_probability(model, stream, token):
+    logits = model.head(model.final_norm(stream))
+    return logits.softmax(-1)[token]
+
+
+check("14.4", lens_probability)
