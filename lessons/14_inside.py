@@ -263,8 +263,8 @@ print("mean rank of the right token, positions 24 to 46:", [round(r, 2) for r in
 # %% [markdown]
 # The lines follow one position: the likeliest token after each part, and the rank of the right one (0 is
 # the likeliest). After the embedding it is the present token itself, because the head of the model has the
-# same matrix as the embedding (`tie_weights`). The last line is the mean of the ranks over the second half. A guess would have
-# rank 7.5 in the mean. It is attention that brings the answer.
+# same matrix as the embedding (`tie_weights`). The last line is the mean of the ranks over the second half.
+# A guess would have rank 7.5 in the mean. It is attention that brings the answer.
 #
 # **Exercise 14.4** Write `lens_probability(model, stream, token)`: the probability that the logit lens gives
 # to a token, for a stream (C,) of one position. The model has `final_norm` and `head`.
