@@ -7,10 +7,12 @@ def past_mean(x):
 
 check("3.1", past_mean)
 
+
 # %% tags=["3.2"]
 divisor = 8
 
 check("3.2", divisor)
+
 
 # %% tags=["3.3"]
 cache_bytes = 32 * 8 * 128 * 8192 * 2, 32 * 32 * 128 * 8192 * 2
@@ -37,6 +39,7 @@ def rms_norm(x):
 
 check("5.1", rms_norm)
 
+
 # %% tags=["5.2"]
 after_dropout = 0, 0.6, 0.48
 
@@ -52,10 +55,42 @@ def count_gpt2(tied):
 
 check("5.3", count_gpt2)
 
+
 # %% tags=["5.4"]
 llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 128256 * 4096
 
 check("5.4", llama3_8b)
+
+
+# %% tags=["14.1"]
+looks_at = 5
+
+check("14.1", looks_at)
+
+
+# %% tags=["14.2"]
+def induction_score(weights, n):
+    t = torch.arange(n, 2 * n)
+    return weights[t, t - n].mean()
+
+
+check("14.2", induction_score)
+
+
+# %% tags=["14.3"]
+def loss_without(model, idx, layer, head):
+    return model(idx[:, :-1], idx[:, 1:])[1]
+
+
+check("14.3", loss_without)
+
+
+# %% tags=["14.4"]
+def lens_probability(model, stream, token):
+    return model.head(stream).softmax(-1)[token]
+
+
+check("14.4", lens_probability)
 
 
 # %% tags=["15.1"]
@@ -75,10 +110,12 @@ milliseconds = 10.0
 
 check("15.2", (ring_bytes, milliseconds))
 
+
 # %% tags=["15.3"]
 n_devices_needed = 2
 
 check("15.3", n_devices_needed)
+
 
 # %% tags=["15.4"]
 losses = 2.25, 2.25

@@ -8,10 +8,12 @@ def past_mean(x):
 
 check("3.1", past_mean)
 
+
 # %% tags=["3.2"]
 divisor = (64 * 4) ** 0.5
 
 check("3.2", divisor)
+
 
 # %% tags=["3.3"]
 bytes_of_a_head = 2 * 32 * 128 * 8192 * 2
@@ -43,6 +45,7 @@ def rms_norm(x):
 
 check("5.1", rms_norm)
 
+
 # %% tags=["5.2"]
 after_dropout = 0, 0.6 / 0.8, 0.6
 
@@ -60,12 +63,48 @@ def count_gpt2(tied):
 
 check("5.3", count_gpt2)
 
+
 # %% tags=["5.4"]
 V, C, inner, keys = 128256, 4096, 14336, 8 * 128
 block = 2 * C * C + 2 * C * keys + 3 * C * inner + 2 * C
 llama3_8b = 32 * block + C + 2 * V * C
 
 check("5.4", llama3_8b)
+
+
+# %% tags=["14.1"]
+looks_at = 25 - 20 + 1
+
+check("14.1", looks_at)
+
+
+# %% tags=["14.2"]
+def induction_score(weights, n):
+    t = torch.arange(n, 2 * n)
+    return weights[t, t - n + 1].mean()
+
+
+check("14.2", induction_score)
+
+
+# %% tags=["14.3"]
+def loss_without(model, idx, layer, head):
+    mask = torch.zeros(len(model.blocks), model.config.n_head + 1, dtype=torch.bool)
+    mask[layer, head] = True
+    with torch.no_grad(), switched_off(model, mask):
+        return model(idx[:, :-1], idx[:, 1:])[1]
+
+
+check("14.3", loss_without)
+
+
+# %% tags=["14.4"]
+def lens_probability(model, stream, token):
+    logits = model.head(model.final_norm(stream))
+    return logits.softmax(-1)[token]
+
+
+check("14.4", lens_probability)
 
 
 # %% tags=["15.1"]
@@ -87,10 +126,12 @@ milliseconds = ring_bytes(124_439_808, 8) / 25e9 * 1000
 
 check("15.2", (ring_bytes, milliseconds))
 
+
 # %% tags=["15.3"]
 n_devices_needed = 4
 
 check("15.3", n_devices_needed)
+
 
 # %% tags=["15.4"]
 losses = (25.0 + 60.0) / (10 + 30), (25.0 / 10 + 60.0 / 30) / 2
