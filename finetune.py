@@ -802,6 +802,7 @@ def main(argv):
     progress = Progress(run)
     stop = train.train(run, progress)
     progress.close(stop)
+    run.check_saved()
     if not stop:
         finish(run, context, adapter=s.trainable == "lora")
     lock.release()

@@ -1294,6 +1294,7 @@ def test_patience_ends_a_run_that_no_longer_improves(workdir, capsys):
         (["--vocab_size=7"], "vocab_size=7 but the tokenizer"),
         (["--learning_rate=1e999"], "learning_rate=inf must be a finite number"),
         (["--seed=-1"], "seed=-1 must lie in [0, 2^63)"),
+        (["--max_minutes=-1"], "max_minutes=-1.0 must not be negative"),
         (["--beta1=1.0"], "beta1=1.0 must lie in [0, 1)"),
         (["--batch_size=0"], "batch_size=0 must be at least 1"),
         (["--seed=9223372036854775808"], "seed=9223372036854775808 must lie in [0, 2^63)"),
@@ -1346,11 +1347,24 @@ def test_training_goes_on_from_published_weights(workdir, capsys):
 def test_a_full_disk_is_a_warning_that_repeats_and_training_goes_on(workdir, capsys, monkeypatch):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage)
-    status, out, _ = run_main(train.main, TINY_RUN, capsys)
-    assert (
-        status == 0 and out.count("WARNING: no checkpoint at step") == 4
-    )  # at 3 and 6, and for the best of each
+    status, out, err = run_main(train.main, TINY_RUN, capsys)
+    assert out.count("WARNING: no checkpoint at step") == 4  # at 3 and 6, and for the best of each
     assert "0 MiB are free" in out and "step 6/6" in out
+    assert status == 2 and "the weights of step 6 could not be saved in out/small" in err
+
+
+def test_a_run_whose_folder_is_gone_at_the_end_does_not_end_well(workdir, capsys, monkeypatch):
+    evaluate = train.Pretraining.evaluate
+
+    def moved_meanwhile(task, *arguments):
+        if Path("out/small").exists():
+            Path("out/small").rename("out/moved")
+        return evaluate(task, *arguments)
+
+    monkeypatch.setattr(train.Pretraining, "evaluate", moved_meanwhile)
+    status, _, err = run_main(train.main, TINY_RUN, capsys)
+    assert status == 2 and "the weights of step 6 could not be saved in out/small" in err
+    assert checkpoint.saved_steps("out/moved") == [3]
 
 
 def test_metrics_and_a_picture_that_cannot_be_written_are_warnings(workdir, capsys, monkeypatch):
@@ -2045,6 +2059,12 @@ def test_class_weights_weigh_every_class_alike(long_base):
     torch.testing.assert_close(
         stage.loss(model, rows, rows, 0), (losses * share).sum() / share.sum()
     )
+
+
+def test_a_preference_between_equal_answers_is_refused():
+    row = {"instruction": "To be?", "chosen": "or not", "rejected": "or not"}
+    with pytest.raises(ValueError, match="rows line 3: chosen and rejected are the same text"):
+        records.check_row("rows line 3", row, "prefer")
 
 
 def test_the_first_loss_of_preferences_is_ln_2(long_base):
