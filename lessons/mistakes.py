@@ -1,5 +1,44 @@
 # A plausible wrong answer to each exercise, for the tests: each must be refused with a reason.
 
+# %% tags=["1.1"]
+def encode_words(text, ids):
+    return [ids[word] for word in text.split() if word in ids]
+
+
+check("1.1", encode_words)
+
+
+# %% tags=["1.2"]
+def utf8_length(character):
+    return 1 if ord(character) < 256 else 2
+
+
+check("1.2", utf8_length)
+
+# %% tags=["1.3"]
+first_merges = ["co", "coco", "nu"]
+
+check("1.3", first_merges)
+
+
+# %% tags=["1.4"]
+def encode_word(word, ranks):
+    found = []
+    while word:
+        n = next(n for n in range(len(word), 0, -1) if word[:n] in ranks)
+        found.append(ranks[word[:n]])
+        word = word[n:]
+    return found
+
+
+check("1.4", encode_word)
+
+# %% tags=["1.5"]
+names = {"Анна": 4, "Άννα": 4, "अन्ना": 5, "安娜": 2}
+
+check("1.5", names)
+
+
 # %% tags=["3.1"]
 def past_mean(x):
     return x.cumsum(dim=0) / len(x)
