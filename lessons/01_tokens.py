@@ -40,11 +40,11 @@ print(f"{len(words)} tokens, of which {len(vocabulary)} are different:", vocabul
 print("ids of the first sentence:", [ids[word] for word in words[:7]])
 
 # %% [markdown]
-# The vocabulary has 11 tokens, with ids from 0 to 10. `The` and `the` are two of them: to the model they are as
-# different as `rain` and `sky`.
+# The vocabulary has 11 tokens, with ids from 0 to 10. `The` and `the` are two of them: to the model they are
+# as different as `rain` and `sky`.
 #
-# Back from ids to text we join the words with spaces. The result is not the text that we began with: there is now
-# a space before each full stop. And a word that is not in the vocabulary has no id at all.
+# Back from ids to text we join the words with spaces. The result is not the text that we began with: there is
+# now a space before each full stop. And a word that is not in the vocabulary has no id at all.
 
 # %%
 print(" ".join(vocabulary[ids[word]] for word in words[:7]))
@@ -54,9 +54,9 @@ except KeyError as error:
     print("KeyError:", error)
 
 # %% [markdown]
-# **Exercise 1.1** Write `encode_words(text, ids)`: the ids of the words of a text, as a list. It cuts text as above.
-# A word that is not in `ids` gets the id of `<|unk|>`, the **unknown token**. The `ids` of the check have it; those
-# above do not.
+# **Exercise 1.1** Write `encode_words(text, ids)`: the ids of the words of a text, as a list. It cuts text as
+# above. A word that is not in `ids` gets the id of `<|unk|>`, the **unknown token**. The `ids` of the check
+# have it; those above do not.
 
 
 # %% tags=["1.1"]
@@ -67,8 +67,8 @@ def encode_words(text, ids):
 check("1.1", encode_words)
 
 # %% [markdown]
-# `WordTokenizer` in `bpe.py` keeps the space with the word that follows it, so joining the tokens gives the text
-# back. It has the unknown token too, and what becomes unknown is lost:
+# `WordTokenizer` in `bpe.py` keeps the space with the word that follows it, so joining the tokens gives the
+# text back. It has the unknown token too, and what becomes unknown is lost:
 
 # %%
 by_words = bpe.WordTokenizer.train(TEXT)
@@ -77,17 +77,17 @@ print("the same text again:", by_words.decode(by_words.encode(TEXT)) == TEXT)
 print(by_words.decode(by_words.encode("The river runs to the lake.")))
 
 # %% [markdown]
-# The names in `<| |>` at the end of its vocabulary are **special tokens**: no text contains them, and the program
-# adds them itself. We come back to them.
+# The names in `<| |>` at the end of its vocabulary are **special tokens**: no text contains them, and the
+# program adds them itself. We come back to them.
 #
 # ## By characters, by bytes
 #
 # Characters need a far smaller vocabulary, and no word is unknown any more. But a text has more tokens, and a
 # character that the training text did not have is still unknown.
 #
-# Bytes end that. A file stores text as bytes, in the encoding **UTF-8**: one byte for a character of ASCII (English
-# letters, digits, common signs), and two to four bytes for every other character. There are 256 different bytes, so
-# a vocabulary of 256 tokens can write every text there is.
+# Bytes end that. A file stores text as bytes, in the encoding **UTF-8**: one byte for a character of ASCII
+# (English letters, digits, common signs), and two to four bytes for every other character. There are 256
+# different bytes, so a vocabulary of 256 tokens can write every text there is.
 
 # %%
 by_characters = bpe.CharTokenizer.train(TEXT)
@@ -99,12 +99,13 @@ for character in "aéд中🙂":
     print(character, "code point", ord(character), "bytes", list(character.encode("utf-8")))
 
 # %% [markdown]
-# The same text has 24 tokens by words and 94 by characters. An `a` takes one byte, `é` and `д` take two, `中` takes
-# three, the face takes four. The **code point** is the number of a character in Unicode, and it decides how many.
+# The same text has 24 tokens by words and 94 by characters. An `a` takes one byte, `é` and `д` take two, `中`
+# takes three, the face takes four. The **code point** is the number of a character in Unicode, and it decides
+# how many.
 #
-# **Exercise 1.2** Write `utf8_length(character)`: how many bytes a character takes, from `ord(character)` and without
-# `encode`. Below 128 (2 to the power 7) it is one byte, below 2 to the power 11 two, below 2 to the power 16 three,
-# and four for all others.
+# **Exercise 1.2** Write `utf8_length(character)`: how many bytes a character takes, from `ord(character)` and
+# without `encode`. Below 128 (2 to the power 7) it is one byte, below 2 to the power 11 two, below 2 to the
+# power 16 three, and four for all others.
 
 
 # %% tags=["1.2"]
@@ -118,11 +119,12 @@ check("1.2", utf8_length)
 # ## Byte-pair encoding: count, merge, count again
 #
 # **Byte-pair encoding** (BPE) stands between bytes and words. It begins with the 256 bytes as tokens. Then it
-# counts all pairs of neighbours in a training text, and makes the most frequent pair one new token: a **merge**.
-# After that it counts again, as often as you like. Frequent words become one token, and rare words stay in pieces.
+# counts all pairs of neighbours in a training text, and makes the most frequent pair one new token: a
+# **merge**. After that it counts again, as often as you like. Frequent words become one token, and rare words
+# stay in pieces.
 #
-# Pairs are counted only inside a word. So the text is cut into **pre-tokens** first: a word with the space before
-# it, a number, or a run of signs. A merge never crosses from one pre-token into the next.
+# Pairs are counted only inside a word. So the text is cut into **pre-tokens** first: a word with the space
+# before it, a number, or a run of signs. A merge never crosses from one pre-token into the next.
 
 # %%
 print(bpe.split_pretokens("In 2019, it rained: that's all.", "gpt2"))
@@ -130,7 +132,8 @@ pretokens = bpe.count_pretokens(TEXT, "gpt2")  # a Counter: pre-token to how oft
 print(pretokens)
 
 # %% [markdown]
-# Each pre-token as a tuple of parts, which are single bytes at first. A pair counts as often as its pre-token occurs.
+# Each pre-token as a tuple of parts, which are single bytes at first. A pair counts as often as its pre-token
+# occurs.
 
 # %%
 parts_of = {word: tuple(bytes([byte]) for byte in word.encode("utf-8")) for word in pretokens}
@@ -159,8 +162,8 @@ print(counts.most_common(4))
 print(merge_pair(parts_of[" rain"], (b" ", b"r")))
 
 # %% [markdown]
-# Now the loop. Of equally frequent pairs, the pair with the lower ids is merged. That rule is a choice, but there
-# must be one: otherwise two runs on the same text could learn two vocabularies.
+# Now the loop. Of equally frequent pairs, the pair with the lower ids is merged. That rule is a choice, but
+# there must be one: otherwise two runs on the same text could learn two vocabularies.
 
 # %%
 tokens = [bytes([byte]) for byte in range(256)]
@@ -186,9 +189,9 @@ print("as learn_tokens_plainly:", tokens == bpe.learn_tokens_plainly(pretokens, 
 print("as learn_tokens:        ", tokens == bpe.learn_tokens(pretokens, len(tokens)))
 
 # %% [markdown]
-# **Exercise 1.3** On paper. A text has these pre-tokens: `cocoa` twice, `coconut` once, `nut` twice. Which three
-# merges come first? Give the three new tokens as a list of strings. Ids of single bytes are their ASCII codes: a 97,
-# c 99, n 110, o 111, t 116, u 117. New tokens begin at 256.
+# **Exercise 1.3** On paper. A text has these pre-tokens: `cocoa` twice, `coconut` once, `nut` twice. Which
+# three merges come first? Give the three new tokens as a list of strings. Ids of single bytes are their ASCII
+# codes: a 97, c 99, n 110, o 111, t 116, u 117. New tokens begin at 256.
 
 # %% tags=["1.3"]
 first_merges = None  # for example ["ab", "abc", "de"]
@@ -199,9 +202,9 @@ check("1.3", first_merges)
 # ## Encoding with the merges
 #
 # A new word goes through the same merges in the same order. In a word as it now stands, find the neighbours
-# whose joined bytes are a token; of several, take the token with the lowest id, which was learned first; merge; and
-# repeat until no two neighbours are a token together. Here is a larger vocabulary, from the help texts that every
-# Python carries, at work:
+# whose joined bytes are a token; of several, take the token with the lowest id, which was learned first;
+# merge; and repeat until no two neighbours are a token together. Here is a larger vocabulary, from the help
+# texts that every Python carries, at work:
 
 # %%
 documents = list(islice(sources.pydoc_documents(), 70))  # English in ASCII
@@ -213,9 +216,9 @@ for parts in tokenizer.merge_steps(b" statements"):
 # %% [markdown]
 # Each line is one merge. The pieces in the last line are the tokens.
 #
-# **Exercise 1.4** Write `encode_word(word, ranks)`: the ids of one word, given as bytes. `ranks` is a dict from the
-# bytes of a token to its id; it has all 256 single bytes. Your function is compared with `BPETokenizer.merge` on many
-# words.
+# **Exercise 1.4** Write `encode_word(word, ranks)`: the ids of one word, given as bytes. `ranks` is a dict
+# from the bytes of a token to its id; it has all 256 single bytes. Your function is compared with
+# `BPETokenizer.merge` on many words.
 
 
 # %% tags=["1.4"]
@@ -228,9 +231,9 @@ check("1.4", encode_word)
 # %% [markdown]
 # ## Special tokens
 #
-# Where one document ends and the next begins, the program puts a **special token**, `<|endoftext|>`. It gets an id of
-# its own after all merges. If someone types these 13 characters into a text, they must stay text, or a user could
-# end a document. So `encode` makes the special token only where it is told to:
+# Where one document ends and the next begins, the program puts a **special token**, `<|endoftext|>`. It gets
+# an id of its own after all merges. If someone types these 13 characters into a text, they must stay text, or
+# a user could end a document. So `encode` makes the special token only where it is told to:
 
 # %%
 end = bpe.END_OF_TEXT
@@ -242,9 +245,9 @@ print("as special:", tokenizer.encode(end, allowed_special=[end]))
 # ## What a vocabulary costs
 #
 # More merges make texts shorter: fewer tokens to compute. But every token of the vocabulary has a row in the
-# model's embedding matrix (lesson 02), so the model grows. The first n learned tokens are the vocabulary that a
-# shorter training would have given, so one training serves for every size. The text that is counted is one that
-# the tokenizer was not trained on.
+# model's embedding matrix (lesson 02), so the model grows. The first n learned tokens are the vocabulary that
+# a shorter training would have given, so one training serves for every size. The text that is counted is one
+# that the tokenizer was not trained on.
 
 # %%
 learned = list(tokenizer.ranks)  # bytes, in the order they were learned
@@ -261,8 +264,9 @@ plt.title("Each further merge shortens a text by less")
 picture("01_vocabulary")
 
 # %% [markdown]
-# Without merges a token is one byte. The first few hundred merges shorten the text most; each later one occurs less
-# often, so it saves less. And this is the other side, the rows of the matrix, in a model with a large vocabulary:
+# Without merges a token is one byte. The first few hundred merges shorten the text most; each later one
+# occurs less often, so it saves less. And this is the other side, the rows of the matrix, in a model with a
+# large vocabulary:
 
 # %%
 gpt2 = PRESETS["gpt2"]
@@ -274,8 +278,9 @@ print(f"GPT-2's embedding: {rows} = {gpt2.vocab_size * gpt2.n_embd:,} numbers")
 #
 # ## What it costs other languages
 #
-# Which pairs are merged depends on the text that the tokenizer was trained on. Ours has seen English in ASCII and
-# nothing else. It can write every language, but not at the same price. The same sentence in six languages:
+# Which pairs are merged depends on the text that the tokenizer was trained on. Ours has seen English in ASCII
+# and nothing else. It can write every language, but not at the same price. The same sentence in six
+# languages:
 
 # %%
 SENTENCES = {
@@ -298,13 +303,13 @@ plt.title("The same sentence, by a tokenizer of English text")
 picture("01_languages")
 
 # %% [markdown]
-# In the last four languages a sentence takes one token per byte: no merge has anything to do there. A user of these
-# languages pays more for the same sentence, waits longer, and fits less into the model's context. The remedy is
-# a tokenizer whose training text has these languages.
+# In the last four languages a sentence takes one token per byte: no merge has anything to do there. A user of
+# these languages pays more for the same sentence, waits longer, and fits less into the model's context. The
+# remedy is a tokenizer whose training text has these languages.
 #
-# **Exercise 1.5** Write your name (or any other) in four scripts that are not Latin, such as Cyrillic, Greek, Arabic,
-# Devanagari, Hangul or Han, and say how many tokens `tokenizer` makes of each. Count first, with exercise 1.2 in
-# mind, and only then ask `tokenizer.encode`. No spaces, no Latin letters.
+# **Exercise 1.5** Write your name (or any other) in four scripts that are not Latin, such as Cyrillic, Greek,
+# Arabic, Devanagari, Hangul or Han, and say how many tokens `tokenizer` makes of each. Count first, with
+# exercise 1.2 in mind, and only then ask `tokenizer.encode`. No spaces, no Latin letters.
 
 # %% tags=["1.5"]
 names = None  # {"first spelling": number of tokens, ...}, four scripts
@@ -318,8 +323,8 @@ check("1.5", names)
 # comes back from these tokens, but many words are cut at other places. A model must get its text cut by the
 # rule by which its training text was cut: it has hardly seen the other pieces side by side.
 #
-# In `bpe.py`, change `min(candidates)` to `max(candidates)` in `merge_steps`, so that the pair learned last is merged
-# first, and run `python -m pytest test_all.py -k merging_with_a_heap`. For which text does it fail?
+# In `bpe.py`, change `min(candidates)` to `max(candidates)` in `merge_steps`, so that the pair learned last
+# is merged first, and run `python -m pytest test_all.py -k merging_with_a_heap`. For which text does it fail?
 
 # %%
 
@@ -344,9 +349,9 @@ for word in different[:4]:
     print(bpe.paint(parts), "by merges,", bpe.paint(longest_first(word.encode(), tokenizer.ranks)))
 
 # %% [markdown]
-# Second, a text that is cut inside a character. A token can be a part of a character, and a part is no text: it
-# becomes the character U+FFFD, which most fonts draw as a question mark. So a program that prints token by token
-# must wait for the whole character. Below, `ï` takes two tokens and `中` three.
+# Second, a text that is cut inside a character. A token can be a part of a character, and a part is no text:
+# it becomes the character U+FFFD, which most fonts draw as a question mark. So a program that prints token by
+# token must wait for the whole character. Below, `ï` takes two tokens and `中` three.
 
 # %%
 pieces = tokenizer.encode("naïve 中")

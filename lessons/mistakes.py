@@ -39,6 +39,38 @@ names = {"Анна": 4, "Άννα": 4, "अन्ना": 5, "安娜": 2}
 check("1.5", names)
 
 
+# %% tags=["2.1"]
+def n_windows(N, T, stride):
+    return (N - T) // stride + 1
+
+
+check("2.1", n_windows)
+
+# %% tags=["2.2"]
+mean_probability = (1 / 2 + 1 / 4 + 1 / 8) / 3
+three_measures = -math.log(mean_probability), 1 / mean_probability, -math.log2(mean_probability)
+
+check("2.2", three_measures)
+
+
+# %% tags=["2.3"]
+def bits_per_byte(losses, text):
+    return losses.sum().item() / math.log(2) / len(text)
+
+
+check("2.3", bits_per_byte)
+
+
+# %% tags=["2.4"]
+def logits_gradient(z, target):
+    gradient = -F.softmax(z, dim=0)
+    gradient[target] += 1
+    return gradient
+
+
+check("2.4", logits_gradient)
+
+
 # %% tags=["3.1"]
 def past_mean(x):
     return x.cumsum(dim=0) / len(x)

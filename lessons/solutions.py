@@ -46,6 +46,39 @@ names = {"Анна": 8, "Άννα": 8, "अन्ना": 15, "安娜": 6}
 check("1.5", names)
 
 
+# %% tags=["2.1"]
+def n_windows(N, T, stride):
+    return (N - T - 1) // stride + 1
+
+
+check("2.1", n_windows)
+
+# %% tags=["2.2"]
+mean_loss = (math.log(2) + math.log(4) + math.log(8)) / 3
+three_measures = mean_loss, math.exp(mean_loss), mean_loss / math.log(2)
+
+check("2.2", three_measures)
+
+
+# %% tags=["2.3"]
+def bits_per_byte(losses, text):
+    bits = losses.sum().item() / math.log(2)
+    return bits / len(text.encode("utf-8"))
+
+
+check("2.3", bits_per_byte)
+
+
+# %% tags=["2.4"]
+def logits_gradient(z, target):
+    gradient = F.softmax(z, dim=0)
+    gradient[target] -= 1
+    return gradient
+
+
+check("2.4", logits_gradient)
+
+
 # %% tags=["3.1"]
 def past_mean(x):
     counts = torch.arange(1, len(x) + 1)[:, None]  # (T, 1)
