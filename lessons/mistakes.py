@@ -1,5 +1,76 @@
 # A plausible wrong answer to each exercise, for the tests: each must be refused with a reason.
 
+# %% tags=["1.1"]
+def encode_words(text, ids):
+    return [ids[word] for word in text.split() if word in ids]
+
+
+check("1.1", encode_words)
+
+
+# %% tags=["1.2"]
+def utf8_length(character):
+    return 1 if ord(character) < 256 else 2
+
+
+check("1.2", utf8_length)
+
+# %% tags=["1.3"]
+first_merges = ["co", "coco", "nu"]
+
+check("1.3", first_merges)
+
+
+# %% tags=["1.4"]
+def encode_word(word, ranks):
+    found = []
+    while word:
+        n = next(n for n in range(len(word), 0, -1) if word[:n] in ranks)
+        found.append(ranks[word[:n]])
+        word = word[n:]
+    return found
+
+
+check("1.4", encode_word)
+
+# %% tags=["1.5"]
+names = {"Анна": 4, "Άννα": 4, "अन्ना": 5, "安娜": 2}
+
+check("1.5", names)
+
+
+# %% tags=["2.1"]
+def n_windows(N, T, stride):
+    return (N - T) // stride + 1
+
+
+check("2.1", n_windows)
+
+# %% tags=["2.2"]
+mean_probability = (1 / 2 + 1 / 4 + 1 / 8) / 3
+three_measures = -math.log(mean_probability), 1 / mean_probability, -math.log2(mean_probability)
+
+check("2.2", three_measures)
+
+
+# %% tags=["2.3"]
+def bits_per_byte(losses, text):
+    return losses.sum().item() / math.log(2) / len(text)
+
+
+check("2.3", bits_per_byte)
+
+
+# %% tags=["2.4"]
+def logits_gradient(z, target):
+    gradient = -F.softmax(z, dim=0)
+    gradient[target] += 1
+    return gradient
+
+
+check("2.4", logits_gradient)
+
+
 # %% tags=["3.1"]
 def past_mean(x):
     return x.cumsum(dim=0) / len(x)

@@ -1,5 +1,84 @@
 # Solutions of the exercises, by their numbers. Each replaces the cell of the same number in its lesson.
 
+# %% tags=["1.1"]
+def encode_words(text, ids):
+    return [ids.get(word, ids["<|unk|>"]) for word in re.findall(r"\w+|[^\w\s]", text)]
+
+
+check("1.1", encode_words)
+
+
+# %% tags=["1.2"]
+def utf8_length(character):
+    code = ord(character)
+    if code < 2**7:
+        return 1
+    if code < 2**11:
+        return 2
+    return 3 if code < 2**16 else 4
+
+
+check("1.2", utf8_length)
+
+# %% tags=["1.3"]
+first_merges = ["co", "nu", "coco"]
+
+check("1.3", first_merges)
+
+
+# %% tags=["1.4"]
+def encode_word(word, ranks):
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while True:
+        joined = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
+        candidates = [(ranks[pair], i) for i, pair in enumerate(joined) if pair in ranks]
+        if not candidates:
+            return [ranks[part] for part in parts]
+        _, i = min(candidates)
+        parts[i : i + 2] = [joined[i]]
+
+
+check("1.4", encode_word)
+
+# %% tags=["1.5"]
+names = {"Анна": 8, "Άννα": 8, "अन्ना": 15, "安娜": 6}
+
+check("1.5", names)
+
+
+# %% tags=["2.1"]
+def n_windows(N, T, stride):
+    return (N - T - 1) // stride + 1
+
+
+check("2.1", n_windows)
+
+# %% tags=["2.2"]
+mean_loss = (math.log(2) + math.log(4) + math.log(8)) / 3
+three_measures = mean_loss, math.exp(mean_loss), mean_loss / math.log(2)
+
+check("2.2", three_measures)
+
+
+# %% tags=["2.3"]
+def bits_per_byte(losses, text):
+    bits = losses.sum().item() / math.log(2)
+    return bits / len(text.encode("utf-8"))
+
+
+check("2.3", bits_per_byte)
+
+
+# %% tags=["2.4"]
+def logits_gradient(z, target):
+    gradient = F.softmax(z, dim=0)
+    gradient[target] -= 1
+    return gradient
+
+
+check("2.4", logits_gradient)
+
+
 # %% tags=["3.1"]
 def past_mean(x):
     counts = torch.arange(1, len(x) + 1)[:, None]  # (T, 1)
