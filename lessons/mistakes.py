@@ -15,6 +15,7 @@ def utf8_length(character):
 
 check("1.2", utf8_length)
 
+
 # %% tags=["1.3"]
 first_merges = ["co", "coco", "nu"]
 
@@ -33,6 +34,7 @@ def encode_word(word, ranks):
 
 check("1.4", encode_word)
 
+
 # %% tags=["1.5"]
 names = {"Анна": 4, "Άννα": 4, "अन्ना": 5, "安娜": 2}
 
@@ -45,6 +47,7 @@ def n_windows(N, T, stride):
 
 
 check("2.1", n_windows)
+
 
 # %% tags=["2.2"]
 mean_probability = (1 / 2 + 1 / 4 + 1 / 8) / 3

@@ -20,6 +20,7 @@ def utf8_length(character):
 
 check("1.2", utf8_length)
 
+
 # %% tags=["1.3"]
 first_merges = ["co", "nu", "coco"]
 
@@ -40,6 +41,7 @@ def encode_word(word, ranks):
 
 check("1.4", encode_word)
 
+
 # %% tags=["1.5"]
 names = {"Анна": 8, "Άννα": 8, "अन्ना": 15, "安娜": 6}
 
@@ -52,6 +54,7 @@ def n_windows(N, T, stride):
 
 
 check("2.1", n_windows)
+
 
 # %% tags=["2.2"]
 mean_loss = (math.log(2) + math.log(4) + math.log(8)) / 3
