@@ -2064,7 +2064,7 @@ def test_class_weights_weigh_every_class_alike(long_base):
 def test_the_config_of_a_fine_tuned_run_has_the_shape_of_its_base(long_base, capsys):
     assert tune("instruct", capsys, "--max_iters=1")[0] == 0
     config = json.loads(Path("out/tuned/config.json").read_text())
-    shape = checkpoint.load("out/base")["model_config"]
+    shape = checkpoint.load("out/small")["model_config"]
     names = "n_layer n_head n_embd head_dim n_inner pos tie_weights".split()
     assert {name: config[name] for name in names} == {name: shape[name] for name in names}
 
