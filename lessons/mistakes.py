@@ -136,6 +136,32 @@ llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 12
 check("5.4", llama3_8b)
 
 
+# %% tags=["8.1"]
+temperature = 1.25
+
+check("8.1", temperature)
+
+
+# %% tags=["8.2"]
+smallest_p = 0.8
+
+check("8.2", smallest_p)
+
+
+# %% tags=["8.3"]
+def positions_computed(prompt, n, with_cache):
+    return prompt + n if with_cache else sum(range(prompt + n))
+
+
+check("8.3", positions_computed)
+
+
+# %% tags=["8.4"]
+rounding_errors = 0.02, 0.2
+
+check("8.4", rounding_errors)
+
+
 # %% tags=["14.1"]
 looks_at = 5
 

@@ -154,6 +154,34 @@ llama3_8b = 32 * block + C + 2 * V * C
 check("5.4", llama3_8b)
 
 
+# %% tags=["8.1"]
+temperature = 0.8
+
+check("8.1", temperature)
+
+
+# %% tags=["8.2"]
+smallest_p = int(probs[:3].sum().item() * 100) / 100 + 0.01
+
+check("8.2", smallest_p)
+
+
+# %% tags=["8.3"]
+def positions_computed(prompt, n, with_cache):
+    if with_cache:
+        return prompt + n - 1
+    return sum(prompt + i for i in range(n))
+
+
+check("8.3", positions_computed)
+
+
+# %% tags=["8.4"]
+rounding_errors = 2.54 / 127 / 2, 25.4 / 127 / 2
+
+check("8.4", rounding_errors)
+
+
 # %% tags=["14.1"]
 looks_at = 25 - 20 + 1
 
