@@ -226,8 +226,8 @@ print(
 
 # %% [markdown]
 # **Exercise 8.4** A row of weights has the largest absolute value 2.54. With 127 steps to each side, what is the
-# largest error that rounding can make in a weight of that row? And how large is it if a single outlier of 25.4 joins the row?
-# Give both.
+# largest error that rounding can make in a weight of that row? And how large is it if a single outlier of 25.4 joins
+# the row? Give both.
 
 # %% tags=["8.4"]
 rounding_errors = None
@@ -239,10 +239,14 @@ check("8.4", rounding_errors)
 #
 # Forget the position in the cache: put every new token at position 0. Keys are rotated by their position, so the scores
 # are wrong from the second token on, and nothing fails. In `model.py`, let `KVCache.positions` return `new` alone and
-# run `python -m pytest test_all.py -k cache`.
+# run `python -m pytest test_all.py -k cache`. (Untrained heads look at everything alike, so below their queries are
+# made larger first.)
 
 # %%
 with torch.no_grad():
+    for block in model.blocks:
+        block.attn.q_proj.weight *= 100
+    whole = model(idx)[0]
     cache = model.new_cache(batch_size=1, max_len=12)
     wrong = []
     for t in range(12):
