@@ -9,8 +9,8 @@ that needs no download. Every figure has the number of items, a 95% interval and
 import json
 import math
 import re
-import runpy
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ import numpy as np
 
 from glass import core, intervals, items
 from glass.contamination import count_contamination
-from glass.files import reading, write_json
+from glass.files import read_function, reading, write_json
 from glass.settings import errors_in_one_line, read_arguments
 
 CONTAMINATION = (
@@ -113,8 +113,10 @@ def measure_text(task, loaded, texts, settings):
     """
     from glass.score import text_logprobs
 
-    nats, sizes, n_tokens, n_words, n_characters = [], [], 0, 0, 0
+    texts = [text for text in texts if text]
+    nats, sizes, n_tokens, n_words, n_characters, unknown = [], [], 0, 0, 0, {}
     for text in texts:
+        unknown |= dict.fromkeys(loaded.tokenizer.unknown_characters(text))
         ids, logprobs = text_logprobs(loaded.model, loaded.tokenizer, text, settings.stride)
         n_tokens += len(ids)
         n_words += len(re.split(r"\s+", text))
@@ -132,21 +134,29 @@ def measure_text(task, loaded, texts, settings):
     bits = [value / math.log(2) for value in nats]
     scale = size / sum(sizes)  # 1, but for tokenizers that change the text
     sizes = [max(1.0, value * scale) for value in sizes]
-    main = ratio(task, "bits_per_byte", bits, sizes, documents=len(texts), bytes=size)
+    notes = {"documents": len(texts), "bytes": size}
+    if unknown:  # each counts as one token, so the text looks easier than it is
+        notes["unknown characters"] = len(unknown)
+    main = ratio(task, "bits_per_byte", bits, sizes, **notes)
     main.value = total / math.log(2) / size
     others = {
         "bits_per_character": (total / math.log(2) / n_characters, size / n_characters, None),
-        "token_perplexity": (total / n_tokens, size / n_tokens, math.exp),
-        "word_perplexity": (total / n_words, size / n_words, math.exp),
+        "token_perplexity": (total / n_tokens, size / n_tokens, perplexity),
+        "word_perplexity": (total / n_words, size / n_words, perplexity),
     }
     figures = [main]
     for metric, (value, bytes_each, change) in others.items():
         ends = [end * bytes_each for end in main.interval]
         if change:  # bits per byte, in nats per token or word, as a perplexity
-            ends = [math.exp(min(700, end * math.log(2))) for end in ends]
-            value = math.exp(min(700, value))
+            ends = [change(end * math.log(2)) for end in ends]
+            value = change(value)
         figures.append(Figure(task, metric, value, tuple(ends), main.n))
     return figures
+
+
+def perplexity(nats):
+    """exp(nats), or infinity where a float cannot hold it."""
+    return math.exp(nats) if nats < 709 else math.inf
 
 
 def texts_of_files(settings):
@@ -206,8 +216,8 @@ def measure_items(task, loaded, asked, **notes):
         greedy = [float(score.is_greedy) for (score,) in scores]
         nats = [-score.logprob for (score,) in scores]
         mean = ratio(task, "perplexity", nats, [1.0] * len(nats))
-        low, high = (math.exp(min(700, end)) for end in mean.interval)
-        mean.value, mean.interval = math.exp(min(700, mean.value)), (low, high)
+        low, high = map(perplexity, mean.interval)
+        mean.value, mean.interval = perplexity(mean.value), (low, high)
         return [share(task, "acc", greedy, 0.0, **notes), mean]
     guessing = core.chance(kept)
     rules = {
@@ -269,7 +279,9 @@ def read_rows(name, limit):
         path = folder_of(name) / "test.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name a dataset that is prepared, or a file")
-    rows = [(where, row) for where, row in sources.read_table(path)]
+    rows = list(sources.read_table(path))
+    if not rows:
+        raise ValueError(f"{path} has no row: add some, or name another")
     return Path(name).stem, rows[:limit]
 
 
@@ -305,7 +317,7 @@ def measure_answers(loaded, settings):
         ended = bool(ids) and ids[-1] in loaded.ends
         text = loaded.tokenizer.decode(ids[:-1] if ended else ids)
         is_right = check(row, text) if check else text.strip() == expected.strip()
-        parts.append(float(bool(is_right)))
+        parts.append(float(is_right))
         kinds.setdefault(row.get("kind"), []).append(parts[-1])
     notes = {"longer than the block": left_out} if left_out else {}
     figures = [share(f"answers {task}", "exact" if not check else "checked", parts, **notes)]
@@ -316,16 +328,22 @@ def measure_answers(loaded, settings):
 
 
 def read_checker(path):
-    """The function `check` of a Python file, or None if path is None."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ValueError(f"checker={path} does not exist: give a file with check(row, answer)")
-    with reading(path, "correct it"):
-        check = runpy.run_path(path).get("check")
-    if not callable(check):
-        raise ValueError(f"checker={path} has no function check(row, answer): define it")
-    return check
+    """The function `check` of a Python file, or None if path is None.
+
+    What it gives must be True or False: anything else is a ValueError.
+    """
+    check = read_function(path, "checker", "check(row, answer)")
+
+    def checked(row, text):
+        is_right = check(row, text)
+        if not isinstance(is_right, bool | np.bool_):
+            raise ValueError(
+                f"checker={path} gave {is_right!r:.40} for the answer {text!r:.40}: "
+                "it must return True or False"
+            )
+        return is_right
+
+    return check and checked
 
 
 def measure_classes(loaded, settings):
@@ -346,6 +364,11 @@ def measure_classes(loaded, settings):
         batch = rows[first : first + 64]
         for where, row in batch:
             sources.check_keys(where, row, ("text", "label"))
+            if row["label"] not in labels:
+                raise ValueError(
+                    f"{where}: label={row['label']!r} is none of the classes that the model was "
+                    f"trained on: use one of {' '.join(labels)}"
+                )
         ids = [encode_for_class(loaded.tokenizer, row["text"], longest)[0] for _, row in batch]
         with torch.no_grad():
             predicted = loaded.model.classify(*padded(ids, loaded.model.device)).argmax(-1).tolist()
@@ -360,12 +383,20 @@ def measure_classes(loaded, settings):
 def measure(loaded, settings):
     """The Figures that the settings ask for."""
     s, figures = with_defaults(settings, loaded.state), []
+    check_used(s)
     trained_on = loaded.state["settings"].get("dataset") if loaded.state else None
     if s.text:
         figures += measure_text("text", loaded, texts_of_files(s), s)
     if s.dataset:
         figures += measure_text(f"{s.dataset} validation", loaded, validation_text(s.dataset), s)
-    for path in [path for name in s.items or [] for path in items.files_of(name)]:
+    paths = [path for name in s.items or [] for path in items.files_of(name)]
+    for name, count in Counter(path.stem for path in paths).items():
+        if count > 1:
+            raise ValueError(
+                f"items={' '.join(s.items)} are {count} files called {name}, whose figures would "
+                "have one name: rename one, or measure them one at a time"
+            )
+    for path in paths:
         asked = items.read_items(path, s.shots)[: s.limit]
         found = measure_items(path.stem, loaded, asked)
         texts = ["".join(item.pairs[item.gold or 0]) for item in asked]
@@ -400,6 +431,23 @@ def with_defaults(settings, state):
     if task == "prefer":
         return replace(s, core=s.core is not False)
     return replace(s, core=s.core is not False, answers=dataset)
+
+
+def check_used(settings):
+    """ValueError for a setting of how to measure that nothing which is measured looks at."""
+    s = settings
+    users = {
+        "stride": ("text", "dataset"),
+        "one_stream": ("text",),
+        "shots": ("items",),
+        "checker": ("answers",),
+    }
+    for name, kinds in users.items():
+        if getattr(s, name) and not any(getattr(s, kind) for kind in kinds):
+            wanted = " or ".join(f"--{kind}" for kind in kinds)
+            raise ValueError(
+                f"{name}={getattr(s, name)} would do nothing without {wanted}: leave it out"
+            )
 
 
 def compared(ours, theirs, name):
@@ -443,11 +491,7 @@ def table(figures):
 
 def save_figures(path, figures, model):
     """Put the figures into a JSON file, in place of earlier ones of the same task and metric."""
-    content = {"figures": {}}
-    if path.is_file():
-        with reading(path, "remove it"):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content["figures"].keys()
+    content = read_figures(path)
     for figure in figures:
         low, high = figure.interval
         numbers = {"value": figure.value, "low": low, "high": high, "chance": figure.chance}
@@ -462,6 +506,18 @@ def save_figures(path, figures, model):
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
+
+
+def read_figures(path):
+    """What a file of results holds, a dict. Raises ValueError for a file of another kind."""
+    if not path.exists():
+        return {"figures": {}}
+    if not path.is_file():
+        raise ValueError(f"{path} is no file that can be replaced: name another with --save")
+    with reading(path, "it holds no results, name another with --save"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["figures"].keys()
+    return content
 
 
 def finite(value):
@@ -504,6 +560,8 @@ def main(argv):
     path = Path(s.save) if s.save else Path(run) / "eval.json"
     if not s.save and not Path(run).is_dir():
         path = Path("eval.json")
+    read_figures(path)  # now, since measuring takes long
+    other = load(s, s.compare) if s.compare else None
     figures = measure(loaded, s)
     if not figures:
         raise ValueError(
@@ -511,7 +569,7 @@ def main(argv):
             "or --classes"
         )
     if s.compare:
-        compared(figures, measure(load(s, s.compare), s), s.compare)
+        compared(figures, measure(other, s), s.compare)
     print(table(figures))
     step = "" if loaded.state is None else f", step {loaded.state['step']}"
     save_figures(path, figures, f"{run}{step}")

@@ -35,13 +35,13 @@ from glass.device import (
     count_processes,
     keep_freed_memory,
 )
-from glass.files import write_json
+from glass.files import read_function, write_json
 from glass.generate import answer, padded
 from glass.progress import Progress, described, draw_confusion, say, warned_about
 from glass.records import read_records, spread
 from glass.run import resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, with_role
-from glass.stage import Answered, Stage, answer_logprobs, bag_of_tokens, labels_of, read_reward
+from glass.stage import Answered, Stage, answer_logprobs, bag_of_tokens, labels_of
 from model import GPT, Free, GPTConfig, Tunable, require
 
 LORA = {"lora_rank", "lora_alpha", "lora_targets"}
@@ -513,9 +513,8 @@ class Reinforce(Instruct):
     """
 
     def __init__(self, settings, records, model, tokenizer):
-        reward = read_reward(
-            settings.reward
-        )  # read first, so that a wrong one ends the run at once
+        # read first, so that a wrong one ends the run at once
+        reward = read_function(settings.reward, "reward", "reward(prompt, answer) -> float")
         super().__init__(settings, records, model, tokenizer)
         self.reward_function = reward
         # an estimate: as if every drawn answer were as long as the row's reference answer
@@ -623,7 +622,7 @@ class Reinforce(Instruct):
         value = self.reward_function(messages_of(row, self.template)[-2]["content"], text)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # no number, or one beyond a float
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(
@@ -803,6 +802,7 @@ def main(argv):
     progress = Progress(run)
     stop = train.train(run, progress)
     progress.close(stop)
+    run.check_saved()
     if not stop:
         finish(run, context, adapter=s.trainable == "lora")
     lock.release()

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import bpe
 from glass.files import lock, reading, write_json
-from glass.settings import errors_in_one_line, read_arguments
+from glass.settings import check_type, errors_in_one_line, read_arguments
 from glass.shards import MAKING, META, ShardWriter, folder_of, token_dtype
 from glass.sources import SOURCES, fetch, find_file, parse_json
 
@@ -58,6 +58,7 @@ class Settings:
     shard_tokens: int = 100_000_000  # tokens per shard
     workers: int | None = None  # processes that tokenize; None: one per core
     overwrite: bool = False  # make a dataset again that is there already
+    objects: int | None = None  # of docs: how many functions and classes; None: 2,000
     allow_unknown: bool = False  # even if a given tokenizer does not know a tenth of the text
 
     def __post_init__(self):
@@ -76,6 +77,11 @@ class Settings:
         if self.input and source and source.records and not source.downloads:
             raise ValueError(
                 f"dataset {self.name} is generated, so it reads no --input: leave that out"
+            )
+        if self.objects is not None and (self.name != "docs" or self.objects < 1):
+            raise ValueError(
+                f"objects={self.objects} is for python prepare.py docs, and at least 1: "
+                "leave it out"
             )
         if not self.tokenizer:
             self.tokenizer = source.tokenizer if source else "gpt2"
@@ -115,21 +121,24 @@ def input_files(settings):
         else:
             found = sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
-            raise FileNotFoundError(f"--input {name} is not there: give a file, a folder or a glob")
+            raise FileNotFoundError(f"{name} is not there: give a file, a folder or a glob")
         for path in found:
             if path.is_dir():
                 inside = sorted(path.rglob("*"))
-                files += [file for file in inside if file.name.endswith(tuple(READERS))]
-            elif path.is_file():
-                files.append(path)
+                files += [file for file in inside if suffix_of(file) and not file.is_dir()]
             else:
-                raise ValueError(
-                    f"--input {path} is a pipe or a device, and text is read more than once: "
-                    "save it to a file"
-                )
+                files.append(path)
+    files = list({os.path.realpath(path): path for path in files}.values())  # each once
+    for path in files:
+        check_type("--input", str(path), str)
+        if path.exists() and not path.is_file():
+            raise ValueError(
+                f"{path} is a pipe or a device, and text is read more than once: "
+                "save it to a file, or leave it out"
+            )
     if not files:
         raise ValueError(
-            f"--input {' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}: "
+            f"{' '.join(settings.input)} holds no file that ends in {' '.join(READERS)}: "
             "give another"
         )
     return files
@@ -140,9 +149,14 @@ def read_documents(path, settings):
 
     The pieces of one document must be read before the next document is taken.
     """
-    suffix = next((suffix for suffix in READERS if path.name.endswith(suffix)), ".txt")
     with reading(path, "replace it, or leave it out"):
-        yield from READERS[suffix](path, settings)
+        yield from READERS[suffix_of(path) or ".txt"](path, settings)
+
+
+def suffix_of(path):
+    """The key of READERS that a file's name ends in, or None."""
+    name = path.name.lower()
+    return next((suffix for suffix in READERS if name.endswith(suffix)), None)
 
 
 def read_txt(path, settings):
@@ -152,7 +166,7 @@ def read_txt(path, settings):
 
 def pieces_of_file(path, errors):
     """Yield the text of a file in the same pieces as if all of it were in memory."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)  # without a BOM
     rest, done = "", 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -178,19 +192,20 @@ def pieces_of_file(path, errors):
 def not_utf8(path, offset):
     """A ValueError for a file that is not UTF-8."""
     return ValueError(
-        f"{path} is not UTF-8 at byte {offset:,}: convert it to UTF-8, or use --errors=replace"
+        f"{path} is not UTF-8 at byte {offset:,}: convert it to UTF-8, "
+        "or let prepare.py --errors=replace take it as it is"
     )
 
 
 def read_jsonl(path, settings):
     """Yield the text of each JSON line, in pieces. Raises ValueError, with the line, for others."""
     key = settings.text_key
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = line.decode("utf-8", settings.errors)
+                text = line.decode("utf-8-sig", settings.errors)  # an editor may begin with a BOM
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path} line {number} is not UTF-8 ({error.reason}): use --errors=replace"
@@ -479,6 +494,11 @@ def prepare_text(settings, files):
         about = progress["splits"].get(split)
         writers[split] = ShardWriter(making, split, dtype, settings.shard_tokens, about)
     write_shards(settings, files, progress, writers, (tokenizer, dtype))
+    if stats_of(files) != progress["identity"]["files"]:
+        raise ValueError(
+            f"a file of {' '.join(map(str, files))} changed while it was read: "
+            "run the same command again"
+        )
     splits = {split: writer.about for split, writer in writers.items()}
     check_unknown(settings, tokenizer, making, splits, dtype)
     digests = [shard["sha256"] for about in splits.values() for shard in about["shards"]]
@@ -545,6 +565,12 @@ def write_shards(settings, files, progress, writers, worker):
         writer.close_shard()
 
 
+def stats_of(files):
+    """What shows whether files have changed: a list of [name, bytes, time] of each."""
+    stats = [(path, path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
 def start_progress(settings, files, making):
     """How far an interrupted run of the same settings and files got, or the start of a new one.
 
@@ -552,8 +578,7 @@ def start_progress(settings, files, making):
     """
     identity = asdict(settings)
     del identity["workers"], identity["overwrite"]
-    stats = [(path, path.stat()) for path in files]
-    identity["files"] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    identity["files"] = stats_of(files)
     if progress := read_progress(making, identity):
         return progress
     for old in making.iterdir():
@@ -630,9 +655,10 @@ def prepare_records(settings, source, files):
     if files:
         found = itertools.chain.from_iterable(map(source.records, files))
     else:
-        found = source.records()
+        found = source.records(settings.objects) if settings.objects else source.records()
     for record in found:
         asked = [record[key] for key in ("text", "prompt", "instruction", "input") if key in record]
+        asked += [message["content"] for message in record.get("messages", [])]
         normalised = " ".join("\n".join(asked).lower().split())
         records.setdefault(normalised, record)
     splits = {"train": [], "val": [], "test": []}

@@ -149,7 +149,7 @@ def look_inside(settings, loaded):
     idx = torch.tensor(read_prompt(settings, loaded), device=loaded.model.device)
     if settings.show_lens:
         print("\n".join(pictures.lens_lines(loaded.model, loaded.tokenizer, idx)))
-    if settings.show_attention:
+    if settings.show_attention is not None:
         path = settings.show_attention
         pictures.draw_attention(loaded.model, loaded.tokenizer, idx, path)
         print(f"{path} shows the attention of every head")
@@ -274,7 +274,7 @@ def main(argv):
         print(f"{settings.export} is a folder that transformers loads")
     elif settings.classify is not None:
         print_classes(settings, loaded)
-    elif settings.show_lens or settings.show_attention:
+    elif settings.show_lens or settings.show_attention is not None:
         look_inside(settings, loaded)
     else:
         loaded.compiled_decode = speed_up(loaded.model, settings.quantize, settings.compile)

@@ -22,6 +22,7 @@ from pathlib import Path
 from bpe import END_OF_TEXT, PAD
 from glass.answers import MAX_TEXTS, Chat, Completion, known_or_422
 from glass.batch import Failed, Made
+from glass.device import choose_device
 from glass.engine import Engine
 from glass.generate import speed_up
 from glass.guard import LOOPBACK, ApiError, Guard
@@ -89,7 +90,7 @@ def make_loader(settings, first):
     """
 
     def load(source):
-        is_first = (source.folder, source.which) == (first.folder, first.which)
+        is_first = first and (source.folder, source.which) == (first.folder, first.which)
         place = dict(init_from="resume", out_dir=source.folder, which=source.which)
         if not source.is_run:
             place = dict(init_from=source.folder)
@@ -142,9 +143,10 @@ class Server:
         self.page = Page(self, s.faq)
         name, source = first_source(s)
         load = make_loader(s, source)
-        first = load(source)
-        self.engine = Engine(self.deliver, log)
-        self.library = Library(load, self.engine, (name, source), s.models, s.max_rows, first)
+        loaded = load(source) if source else None
+        device = loaded.model.device if loaded else choose_device(s.device)
+        self.engine, first = Engine(self.deliver, log), (name, source)
+        self.library = Library(load, self.engine, first, s.models, s.max_rows, loaded, device)
 
     def deliver(self, events):
         """Hand (row, event) pairs to whom they concern; called on the engine's thread."""
@@ -185,6 +187,8 @@ class Server:
         if self.is_stopping:
             raise ApiError(503, STOPPING)
         names = [self.library.first[0] if name is None else name for name in names]
+        if None in names:
+            raise ApiError(404, "there is no model: train one, and name it", "model_not_found")
         async with contextlib.AsyncExitStack() as stack:
             try:
                 models = await stack.enter_async_context(self.library.use(*names))
@@ -411,7 +415,7 @@ class Process(uvicorn.Server):
 
 
 def start(settings):
-    """(process, socket) of a server whose model is loaded; process.run([socket]) serves.
+    """(process, socket) of a server whose model, if any, is loaded; process.run([socket]) serves.
 
     Raises ValueError if the port is taken.
     """
@@ -422,7 +426,7 @@ def start(settings):
     except OSError as error:
         raise ValueError(
             f"host={s.host} port={s.port} cannot be listened at ({error.strerror}): "
-            "choose another --port"
+            "choose another --port or --host"
         ) from error
     server = Server(s)
     hosts = {*LOOPBACK, s.host, *s.allow_host}
@@ -443,13 +447,12 @@ def main(argv):
     settings = configure(Settings, argv)
     process, listening = start(settings)
     host, port = listening.getsockname()[:2]
-    [first] = process.server.library.served
-    model = first.loaded.model
-    print(
-        f"{first.name} ({model.parameter_count():,} parameters, {model.dtype} on {model.device}) "
-        f"answers at http://{host}:{port}/v1; Ctrl-C ends it".replace("torch.", ""),
-        flush=True,
-    )
+    who = f"no run yet, {settings.faq} alone"
+    for first in process.server.library.served:
+        model = first.loaded.model
+        shape = f"{model.parameter_count():,} parameters, {model.dtype} on {model.device}"
+        who = f"{first.name} ({shape})".replace("torch.", "")
+    print(f"{who} answers at http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         process.run([listening])
     process.server.engine.close()

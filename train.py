@@ -101,7 +101,8 @@ class Settings(GPTConfig):
         counts = "eval_interval eval_iters log_interval checkpoint_interval batch_size"
         counts += " gradient_accumulation_steps sample_tokens patience keep_every"
         require(self, counts, lambda value: value >= 1, "be at least 1")
-        not_negative = "max_iters grad_clip warmup_iters min_lr weight_decay muon_weight_decay"
+        not_negative = "max_iters grad_clip warmup_iters min_lr weight_decay muon_weight_decay "
+        not_negative += "max_minutes"
         require(self, not_negative, lambda value: value >= 0, "not be negative")
         require(self, "learning_rate muon_lr", lambda value: value > 0, "be positive")
         require(self, "beta1 beta2 momentum", lambda value: 0 <= value < 1, "lie in [0, 1)")
@@ -521,6 +522,7 @@ def main(argv):
     if lock:
         lock.release()
     processes.leave()
+    run.check_saved()
     return (128 + stop) if stop else 0  # as shells do for signals
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import runpy
 from pathlib import Path
 
 import filelock
@@ -18,13 +19,39 @@ def reading(path, advice):
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script of the user's may exit
         names_it = isinstance(error, ValueError | OSError) and Path(path).name in str(error)
         of_the_system = isinstance(error, OSError) and error.errno is not None
         if names_it or of_the_system or isinstance(error, ImportError):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(f"{path} is not as it should be ({reason}): {advice}") from error
+
+
+def read_function(path, setting, signature):
+    """The function in a Python file that a setting names, or None if path is None.
+
+    signature: its name and arguments, as an error shows them. Whatever it raises when it is called
+    is a ValueError that names the file.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"{setting}={path} is not a file: give a Python file with {signature}")
+    name = signature.partition("(")[0]
+    try:
+        with reading(path, "correct it"):
+            function = runpy.run_path(path).get(name)
+    except ImportError as error:
+        raise ValueError(f"{setting}={path} does not run ({error}): correct it") from error
+    if not callable(function):
+        raise ValueError(f"{setting}={path} has no function {signature}: define it")
+
+    def called(*arguments):
+        with reading(path, "correct it"):
+            return function(*arguments)
+
+    return called
 
 
 def lock(folder, name=None):
@@ -34,7 +61,7 @@ def lock(folder, name=None):
     """
     held = filelock.FileLock(Path(folder) / "lock")
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=0.5)  # seconds: is_locked holds it for a moment
     except filelock.Timeout as error:
         raise ValueError(
             f"{name or folder} is in use by a command that is still running: "
@@ -77,6 +104,8 @@ def replacing(path):
     If anything fails, the old file stays. An OSError names the file.
     """
     path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or a device, no file to replace: name another")
     partial = path.with_name(path.name + ".part")
     try:
         yield partial

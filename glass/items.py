@@ -63,7 +63,7 @@ def read_items(path, n_shots=0):
     labels = read_labels(path)
     items = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}): convert it") from error
     for number, line in enumerate(lines, 1):
@@ -76,6 +76,11 @@ def read_items(path, n_shots=0):
                 raise ValueError(f"{where} has no label in {labels_path(path)}: add it")
             row["label"] = labels[number - 1]
         items.append(item_of(row, where))
+        if (items[0].gold is None) != (items[-1].gold is None):
+            raise ValueError(
+                f"only one of {items[0].where} and line {number} has answers to choose from: "
+                "put the two kinds of items into two files"
+            )
     if len(items) <= n_shots:
         raise ValueError(f"{path} has {len(items)} items, but needs more than shots={n_shots}")
     examples = "".join(item.shot + "\n\n" for item in items[:n_shots])
@@ -168,8 +173,8 @@ def prediction_item(row, where):
 def lambada_item(row, where):
     """LAMBADA: the last word of a passage is to be predicted."""
     context, space, word = check_text(row["text"], where).rpartition(" ")
-    if not space:
-        raise ValueError(f"{where} is one word, but needs one before it: correct it")
+    if not space or not word:
+        raise ValueError(f"{where} must end in a word that follows a space: correct it")
     return Item(where, [(context, " " + word)], None, [word], row["text"])
 
 

@@ -63,11 +63,12 @@ def run_sources(name, folder, which="best"):
     best = Path(folder) / "best.pt"
     paths = {f"{name}@{step}": (step, checkpoint.checkpoint_path(folder, step)) for step in steps}
     paths |= {f"{name}@{step}": (step, checkpoint.kept_path(folder, step)) for step in kept}
-    if which == "best" and best.exists():
-        first = (which, best)
+    if isinstance(which, int):
+        first = (which, checkpoint.checkpoint_path(folder, which))
+    elif steps and (which == "last" or not best.exists()):
+        first = (steps[-1], checkpoint.checkpoint_path(folder, steps[-1]))
     else:
-        step = which if isinstance(which, int) else steps[-1]
-        first = (step, checkpoint.checkpoint_path(folder, step))
+        first = ("best", best)
     for key, (kind, path) in {name: first, **paths}.items():
         with contextlib.suppress(OSError):  # training may have removed it by now
             stat = path.stat()
@@ -86,8 +87,13 @@ def published_source(folder):
 
 
 def first_source(settings):
-    """(name, Source) of the model that the settings name."""
+    """(name, Source) of the model that the settings name.
+
+    (None, None) where they name none, there is no run, and a file of answers stands in for one.
+    """
     s = settings
+    if s.faq and s.init_from == "resume" and not (s.out_dir or run_folders()):
+        return None, None
     folder = (s.out_dir or checkpoint.newest_run()) if s.init_from == "resume" else s.init_from
     name = Path(folder).resolve().name if Path(folder).is_dir() else str(folder)
     if s.init_from == "resume" or checkpoint.saved_steps(folder):
@@ -101,14 +107,15 @@ class Library:
     """All models that requests may name. Used on the event loop's thread only.
 
     load: gives the Loaded model of a Source, on a thread of its own. first: (name, Source) of the
-    model that requests without a name get, and `loaded` is that model. folders: of further models.
+    model that requests without a name get, and `loaded` is that model, or None for no model.
+    folders: of further models.
     """
 
-    def __init__(self, load, engine, first, folders, max_rows, loaded):
+    def __init__(self, load, engine, first, folders, max_rows, loaded, device):
         self.load, self.engine, self.first = load, engine, first
-        self.max_rows, self.device = max_rows, loaded.model.device
+        self.max_rows, self.device = max_rows, device
         self.root, self.folders = Path.cwd(), [Path(folder).resolve() for folder in folders]
-        self.served = [Served(*first, loaded, Batch(loaded, max_rows))]
+        self.served = [Served(*first, loaded, Batch(loaded, max_rows))] if loaded else []
         self.turn, self.released = asyncio.Lock(), asyncio.Condition()
 
     def sources(self):
@@ -121,10 +128,13 @@ class Library:
             is_run = bool(checkpoint.saved_steps(folder))
             sources |= run_sources(name, folder) if is_run else {name: published_source(folder)}
         name, source = self.first
+        if source is None:
+            return sources
         if not source.is_run:
             return sources | {name: source}
         which = source.which if isinstance(source.which, int) else "best"
-        return sources | run_sources(name, Path(source.folder), which)
+        # a folder that is gone leaves the model that is in memory
+        return sources | {name: source} | run_sources(name, Path(source.folder), which)
 
     @contextlib.asynccontextmanager
     async def use(self, *names):

@@ -75,6 +75,7 @@ class Loaded:
     ends: list  # the ids that end a text
     state: dict | None  # of the checkpoint; None for published weights
     compiled_decode: object = None  # of glass.generate.speed_up
+    last_trace: object = None  # the glass.trace.Trace of the text last looked into
 
     @property
     def chat_template(self):

@@ -7,7 +7,7 @@
 | tokens | | list of {id, text, bytes, special}; `words`: how BPE merged each word |
 | surprise | | logprob, rank, entropy of each token; null for the first |
 | likeliest | k | ids, texts, logprobs of the next token after each position, T x k |
-| logits | position | `row`: base64 of V little-endian float32 |
+| logits | position, k | `row`: base64 of V little-endian float32; ids and texts of the k largest |
 | thumbnails | layer | maps of the layer's heads, at most 24 x 24: base64 of H x n x n uint8, size |
 | attention | layer, head, by_value | matrix T x T |
 | lens | positions, k, token | ids, texts, logprobs (2 L + 1) x P x k; ranks (2 L + 1) x P |
@@ -23,6 +23,7 @@ A matrix is {"shape", "scale", "base64"}: uint8 that, times the scale, give the 
 
 import base64
 import math
+import weakref
 
 import numpy as np
 import torch
@@ -32,27 +33,18 @@ from glass import trace as tracing
 from glass.chat import MARKERS, encode_chat
 
 THUMBNAIL = 24  # pixels of a small attention map
+MOST_KEPT = 2**24  # logits of a trace that is kept for the next request
 LARGE_VOCABULARY, MOST_POSITIONS = 8192, 32  # beyond, the lens takes 32 positions a request
+BADGES = weakref.WeakKeyDictionary()  # of each model that was asked: they depend on no text
 
 
 class Request:
     """A checked request. Every value that is wrong raises ValueError, in one line."""
 
-    KEYS = {
-        *(
-            "text",
-            "ids",
-            "messages",
-            "parts",
-            "k",
-            "position",
-            "positions",
-            "layer",
-            "head",
-            "by_value",
-        ),
-        *("token", "mask", "dataset", "model", "other"),
-    }
+    KEYS = set(
+        "text ids messages parts k position positions layer head by_value token mask dataset model "
+        "other".split()
+    )
 
     def __init__(self, loaded, body):
         if unknown := sorted(body.keys() - self.KEYS):
@@ -133,14 +125,20 @@ class Request:
         """The token asked for; by default the one that comes next, or the likeliest."""
         config = self.model.config
         is_last = position == len(self.ids) - 1
-        default = int(self.found.logits[position].argmax()) if is_last else self.ids[position + 1]
+        default = (
+            int(self.found.logits_at(position).argmax()) if is_last else self.ids[position + 1]
+        )
         return self.integer("token", default, 0, config.vocab_size - 1)
 
     @property
     def found(self):
-        """The Trace, made once for all parts."""
+        """The Trace, made once for all parts, and once for requests of one text in a row."""
         if not hasattr(self, "traced"):
-            self.traced = tracing.trace(self.model, self.idx)
+            kept = self.loaded.last_trace
+            is_same = kept is not None and kept.idx.tolist() == self.ids
+            self.traced = kept if is_same else tracing.trace(self.model, self.idx)
+            if len(self.ids) * self.model.config.vocab_size <= MOST_KEPT:
+                self.loaded.last_trace = self.traced
         return self.traced
 
 
@@ -154,6 +152,8 @@ def texts_of(tokenizer, ids):
 def numbers(tensor):
     """A tensor as nested lists; NaN and infinity, which JSON lacks, as None."""
     values = tensor.tolist()
+    if tensor.isfinite().all():
+        return values
 
     def finite(value):
         if isinstance(value, list):
@@ -214,8 +214,12 @@ def likeliest_part(r):
 
 
 def logits_part(r):
-    row = r.found.logits[r.position].float().cpu().numpy().astype("<f4")
-    return {"position": r.position, "row": base64.b64encode(row.tobytes()).decode("ascii")}
+    logits = r.found.logits[r.position]  # (V,)
+    row = logits.cpu().numpy().astype("<f4")
+    ids = tracing.likeliest(logits, r.k)[0].tolist()
+    texts = texts_of(r.loaded.tokenizer, ids)
+    encoded = base64.b64encode(row.tobytes()).decode("ascii")
+    return {"position": r.position, "row": encoded, "ids": ids, "texts": texts}
 
 
 def thumbnails_part(r):
@@ -265,7 +269,7 @@ def pushes_part(r):
         "position": position,
         "token": token,
         "text": r.loaded.tokenizer.decode([token]),
-        "logit": float(r.found.logits[position, token]),
+        "logit": float(r.found.logits_at(position)[token]),
         "heads": numbers(heads),
         "mlps": numbers(mlps),
         "others": others,
@@ -296,7 +300,9 @@ def switched_off_part(r):
 
 def badges_part(r):
     r.layer()
-    named = zip(("previous", "induction", "first"), tracing.head_badges(r.model), strict=True)
+    if r.model not in BADGES:
+        BADGES[r.model] = tracing.head_badges(r.model)
+    named = zip(("previous", "induction", "first"), BADGES[r.model], strict=True)
     return {name: numbers(scores) for name, scores in named}
 
 

@@ -105,7 +105,11 @@ class Page:
 
     async def info(self, request):
         """What the page must know of a model: its shape, and whether it chats or classifies."""
-        async with self.server.using(request.query_params.get("model")) as [served]:
+        name = request.query_params.get("model", self.server.library.first[0])
+        if name is None:
+            nothing = {"model": None, "faq": self.faq is not None, "sources": []}
+            return JSONResponse(nothing)
+        async with self.server.using(name) as [served]:
             loaded, config = served.loaded, served.loaded.model.config
             task = loaded.state["task"] if loaded.state else {}
             shape = "n_layer n_head n_kv_head vocab_size block_size"
@@ -116,6 +120,7 @@ class Page:
                 "chat": None if config.n_classes else loaded.chat_template,
                 "labels": task.get("labels") if config.n_classes else None,
                 "faq": self.faq is not None,
+                "sources": list(SOURCES_OF),
             }
             return JSONResponse(answer)
 

@@ -107,10 +107,19 @@ def check_row(where, fields, task):
         sources.check_keys(where, fields, ("text", "label"))
     elif task == "prefer":
         sources.check_keys(where, fields, ("instruction", "chosen", "rejected"))
+        if fields["chosen"] == fields["rejected"]:
+            raise ValueError(
+                f"{where}: chosen and rejected are the same text, so nothing is preferred: "
+                "correct it, or remove the row"
+            )
     elif "messages" in fields:
         check_messages(where, fields["messages"])
     else:
         sources.check_keys(where, fields, ("instruction", "output"))
+        if not isinstance(fields.get("input") or "", str):
+            raise ValueError(
+                f"{where}: input={fields['input']!r} must be a text: correct it, or leave it out"
+            )
 
 
 def check_messages(where, messages):

@@ -91,8 +91,9 @@ def read_lines(path):
 
 
 def is_figure(figure):
-    numbers = ("value", "low", "high")
-    return isinstance(figure, dict) and all(name in figure for name in ("task", "metric", *numbers))
+    if not isinstance(figure, dict) or not {"value", "low", "high"} <= figure.keys():
+        return False
+    return all(isinstance(figure.get(name), str) for name in ("task", "metric"))
 
 
 # Pictures.
@@ -101,12 +102,14 @@ def is_figure(figure):
 def points_of(run, x, y):
     """The points (x, y) of the metrics, with a running sum of seconds and FLOPs as x."""
     points, seconds, before = [], 0.0, 0
-    flops = run.about.get("flops_per_token") or 0
+    flops = run.about.get("flops_per_token")
+    flops = flops if is_number(flops) else 0
     for line in run.metrics:
-        if isinstance(line.get("step_ms"), int | float):
+        if is_number(line.get("step_ms")):
             seconds += line["step_ms"] / 1e3 * max(0, line["step"] - before)
             before = line["step"]
-        place = {"seconds": seconds, "flops": flops * line.get("tokens", 0)}.get(x, line.get(x))
+        tokens = line["tokens"] if is_number(line.get("tokens")) else 0
+        place = {"seconds": seconds, "flops": flops * tokens}.get(x, line.get(x))
         if is_number(place) and is_number(line.get(y)):
             points.append((place, line[y]))
     return points
@@ -338,13 +341,13 @@ def evaluations(runs):
     keys = {}
     for run in runs:
         for figure in run.figures:
-            keys.setdefault((figure["task"], figure["metric"]), {})[run.name] = figure
+            keys.setdefault((figure["task"], figure["metric"]), {})[run.folder] = figure
     if not keys:
         return ""
     rows = []
     for (task, metric), found in keys.items():
         some = next(iter(found.values()))
-        cells = [figure_text(found.get(run.name)) for run in runs]
+        cells = [figure_text(found.get(run.folder)) for run in runs]
         guessing = some.get("chance")
         chance = f"{guessing:.3f}" if is_number(guessing) else ""
         rows.append([f"{task}, {metric}", *cells, some.get("n", ""), chance])

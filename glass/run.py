@@ -246,6 +246,16 @@ class Run:
                 f"{self.last_checkpoint()}"
             )
 
+    def check_saved(self):
+        """Raise OSError if the run ended without a checkpoint of its last step."""
+        if not self.step or not self.processes.is_main:
+            return
+        if self.step not in checkpoint.saved_steps(self.folder):
+            raise OSError(
+                f"the weights of step {self.step} could not be saved in {self.folder} (see the "
+                f"warning above): make room there, then resume; {self.last_checkpoint()}"
+            )
+
     def last_checkpoint(self):
         """Where the last checkpoint is, in words."""
         steps = checkpoint.saved_steps(self.folder)

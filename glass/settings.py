@@ -63,6 +63,10 @@ def read_arguments(Settings, argv, positional=None):
             if is_list(types_of[name]):
                 value = [text] if equals else []
                 value += take_list(words)
+                if not value:
+                    raise ValueError(
+                        f"{word} has no value: write {word} VALUE ..., or leave it out"
+                    )
                 arguments.given[name] = check_type(f"--{name}", value, types_of[name])
             else:
                 parsed = parse(value, types_of[name])
@@ -71,7 +75,7 @@ def read_arguments(Settings, argv, positional=None):
             arguments.given.update(read_config_file(Settings, word))
             arguments.config_files.append(word)
         else:
-            arguments.names.append(word)
+            arguments.names.append(check_type("name", word, str))
     return arguments
 
 
@@ -113,7 +117,7 @@ def read_config_file(Settings, path):
         raise ValueError(f"config file {path} is not a file: choose one of {' '.join(known)}")
     try:
         namespace = runpy.run_path(str(found))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"config file {path} does not run ({type(error).__name__}: {error}): correct it"
         ) from error

@@ -75,7 +75,11 @@ def standard_library():
 
 
 def python_sources():
-    """Yield (text, syntax tree) of each file of the standard library that is Python in UTF-8."""
+    """Yield (path, text, syntax tree) of each file of the standard library that is Python in UTF-8.
+
+    The path is relative to the library's folder.
+    """
+    root = Path(os.__file__).parent
     for path in standard_library():
         try:
             text = path.read_bytes().decode("utf-8")
@@ -84,7 +88,7 @@ def python_sources():
                 tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
-        yield text, tree
+        yield path.relative_to(root), text, tree
 
 
 def pydoc_documents():
@@ -98,7 +102,7 @@ def pydoc_documents():
     for _, topic in sorted(pydoc_data.topics.topics.items()):
         yield ascii_text(topic)
     seen = set()
-    for _, tree in python_sources():
+    for _, _, tree in python_sources():
         docs = [ascii_text(doc) for doc in docstrings_of(tree)]
         new = list(dict.fromkeys(doc for doc in docs if doc not in seen))
         seen.update(new)
@@ -135,7 +139,7 @@ def line_records():
     occurs twice.
     """
     python, english = {}, {}
-    for text, tree in python_sources():
+    for _, text, tree in python_sources():
         hidden = set()  # numbers of the lines with comments or with strings that may be docstrings
         try:
             for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -277,6 +281,13 @@ TASKS = {
     "letters": letters_task,
     "initials": initials_task,
 }
+
+
+def docs_records(*objects):
+    """Yield questions about Python's standard library: see glass/docs.py."""
+    from glass import docs
+
+    yield from docs.docs_records(*objects)
 
 
 def read_spam(path):
@@ -500,6 +511,9 @@ SOURCES = {
     "pydoc": Source(
         "documentation of Python itself (PSF licence)", documents=pydoc_documents, tokenizer="char"
     ),
+    "pydoc_bpe": Source(
+        "the same in byte pairs (PSF licence)", documents=pydoc_documents, tokenizer="train:2048"
+    ),
     "stdlib": Source(
         "source of Python's standard library (PSF licence)", documents=stdlib_documents
     ),
@@ -521,6 +535,11 @@ SOURCES = {
     ),
     "tasks": Source(
         "small instructions with checkable answers", records=task_records, kind="instructions"
+    ),
+    "docs": Source(
+        "questions about the standard library, with its answers (PSF licence)",
+        records=docs_records,
+        kind="instructions",
     ),
     "lines": Source(
         "lines of Python and of English (PSF licence)", records=line_records, kind="classification"

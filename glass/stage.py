@@ -3,8 +3,6 @@
 A stage is a task as glass/run.py describes it. Its examples are made from rows of supervised data.
 """
 
-import runpy
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from glass.chat import stop_ids, template_for
-from glass.files import reading
 from glass.generate import padded
 from glass.progress import say
 from glass.records import StepOrder, spread
@@ -164,24 +161,3 @@ def labels_of(records):
             "add rows of another"
         )
     return labels
-
-
-def read_reward(path):
-    """The function `reward` of a Python file, or None if path is None.
-
-    Raises ValueError if there is no such file or function.
-    """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ValueError(
-            f"reward={path} is not a file: give a Python file with reward(prompt, answer) -> float"
-        )
-    try:
-        with reading(path, "correct it"):
-            reward = runpy.run_path(path).get("reward")
-    except ImportError as error:
-        raise ValueError(f"reward={path} does not run ({error}): correct it") from error
-    if not callable(reward):
-        raise ValueError(f"reward={path} has no function reward(prompt, answer): define it")
-    return reward

@@ -7,6 +7,7 @@ channels, V vocabulary. Batches have one row. glass/looking.py makes JSON of it.
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Trace:
 
     model: torch.nn.Module
     idx: Tensor  # (T,)
-    logits: Tensor  # (T, V) in float32
+    hidden: Tensor  # (T, C): what the head reads
     embedded: Tensor  # (T, C): what the first block reads, and what embed_skip adds again
     inputs: list  # of each block: (T, C), the stream that it reads
     head_values: list  # of each block: (T, H * D), what o_proj reads
@@ -30,6 +31,17 @@ class Trace:
     outputs: list  # of each block: (T, C)
     rotation: object  # as the blocks got it
     mask: Tensor | None
+
+    @functools.cached_property
+    @torch.no_grad()
+    def logits(self):
+        """(T, V) in float32: the model's own, computed where they are asked for."""
+        return self.model.head(self.hidden).float()
+
+    @torch.no_grad()
+    def logits_at(self, position):
+        """The logits after one position, (V,) in float32."""
+        return self.model.head(self.hidden[position]).float()
 
     @property
     def streams(self):
@@ -94,10 +106,10 @@ def trace(model, idx):
             (block.register_forward_hook, keep_output(outputs)),
         ]
     with hooks(pairs):
-        logits = model(idx[None])[0][0]  # (T, V)
+        hidden = model.hidden(idx[None])[0]  # (T, C)
     rotation, mask = context or (None, None)
     parts = (embedded[0], inputs, head_values, attended, mlps, outputs, rotation, mask)
-    return Trace(model, idx, logits, *parts)
+    return Trace(model, idx, hidden, *parts)
 
 
 def surprise(logits, idx):
@@ -115,8 +127,9 @@ def surprise(logits, idx):
 
 def likeliest(logits, k):
     """(ids, log-probabilities) of the k likeliest next tokens: two (..., k) tensors."""
-    logprobs, ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
-    return ids, logprobs
+    logits = logits.float()
+    largest, ids = logits.topk(min(k, logits.shape[-1]))
+    return ids, largest - logits.logsumexp(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -129,17 +142,18 @@ def lens(found, positions, k, tokens=None):
     """
     model, streams = found.model, found.streams[:, positions]  # (2 L + 1, P, C)
     if tokens is None:
-        after = found.logits.argmax(-1)
-        after[:-1] = found.idx[1:]
+        after = found.idx.roll(-1)
+        after[-1] = found.logits_at(-1).argmax()
         tokens = after[positions]
     ids, logprobs, ranks = [], [], []
-    for stream in streams:
-        logits = model.head(model.final_norm(stream)).float()  # (P, V)
-        top_ids, top_logprobs = likeliest(logits, k)
+    for some in streams.split(8):  # as many at once as memory easily holds
+        logits = model.head(model.final_norm(some)).float()  # (8, P, V)
+        top_logits, top_ids = logits.topk(min(k, logits.shape[-1]))
         ids.append(top_ids)
-        logprobs.append(top_logprobs)
-        ranks.append((logits > logits.gather(1, tokens[:, None])).sum(1))
-    return torch.stack(ids), torch.stack(logprobs), torch.stack(ranks)
+        logprobs.append(top_logits - logits.logsumexp(-1, keepdim=True))
+        chosen = logits.gather(2, tokens.expand(len(some), -1)[..., None])  # (8, P, 1)
+        ranks.append((logits > chosen).sum(-1))
+    return torch.cat(ids), torch.cat(logprobs), torch.cat(ranks)
 
 
 # Who pushed a logit. The final norm divides by one number, so with that number held fixed the
@@ -243,15 +257,16 @@ def token_pushes(found, position, token):
     model = found.model
     u, _ = direction(model, token, found.streams[-1, position])
     shares, _ = mixing(model)
-    total = torch.zeros(len(found.idx))
+    total, seen = torch.zeros(len(found.idx)), position + 1
     for layer, block in enumerate(model.blocks):
         attn = block.attn
-        weights = found.attention(layer)[:, position]  # (H, T)
         x = block.attn_norm(found.inputs[layer][None])
-        v = attn.queries_keys_values(x, found.rotation)[2][0].float()  # (Hkv, T, D)
-        v = v.repeat_interleave(attn.n_head // attn.n_kv_head, 0)  # (H, T, D)
-        carried = v @ along(attn.o_proj, u).view(attn.n_head, -1, 1)  # (H, T, 1)
-        total += (shares[layer] * (weights * carried[..., 0]).sum(0)).cpu()
+        q, k, v = attn.queries_keys_values(x, found.rotation)
+        weights = attention_weights(q[:, :, position:seen], k[:, :, :seen], None)  # (1, H, 1, seen)
+        v = v[0, :, :seen].float().repeat_interleave(attn.n_head // attn.n_kv_head, 0)
+        carried = v @ along(attn.o_proj, u).view(attn.n_head, -1, 1)  # (H, seen, 1)
+        pushed = (weights[0, :, 0].float() * carried[..., 0]).sum(0)  # (seen,)
+        total[:seen] += (shares[layer] * pushed).cpu()
     return total
 
 

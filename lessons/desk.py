@@ -25,6 +25,7 @@ PICTURES = HOME / "out" / "lessons"
 
 def source(thing):
     """Print the source of a function or class of the project, and the file it stands in."""
+    thing = inspect.unwrap(thing)  # torch.no_grad() wraps functions
     path = Path(inspect.getsourcefile(thing)).relative_to(HOME)
     print(f"# {path.as_posix()}")
     print(inspect.getsource(thing).rstrip())

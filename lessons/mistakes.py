@@ -15,6 +15,7 @@ def utf8_length(character):
 
 check("1.2", utf8_length)
 
+
 # %% tags=["1.3"]
 first_merges = ["co", "coco", "nu"]
 
@@ -33,6 +34,7 @@ def encode_word(word, ranks):
 
 check("1.4", encode_word)
 
+
 # %% tags=["1.5"]
 names = {"Анна": 4, "Άννα": 4, "अन्ना": 5, "安娜": 2}
 
@@ -45,6 +47,7 @@ def n_windows(N, T, stride):
 
 
 check("2.1", n_windows)
+
 
 # %% tags=["2.2"]
 mean_probability = (1 / 2 + 1 / 4 + 1 / 8) / 3
@@ -78,10 +81,12 @@ def past_mean(x):
 
 check("3.1", past_mean)
 
+
 # %% tags=["3.2"]
 divisor = 8
 
 check("3.2", divisor)
+
 
 # %% tags=["3.3"]
 cache_bytes = 32 * 8 * 128 * 8192 * 2, 32 * 32 * 128 * 8192 * 2
@@ -134,3 +139,94 @@ check("4.3", score_at)
 scaled_wavelengths = 1000, (4096 + 2 * 8 * 4096) / 3, 8 * 10_000
 
 check("4.4", scaled_wavelengths)
+
+
+# %% tags=["5.1"]
+def rms_norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+
+check("5.1", rms_norm)
+
+
+# %% tags=["5.2"]
+after_dropout = 0, 0.6, 0.48
+
+check("5.2", after_dropout)
+
+
+# %% tags=["5.3"]
+def count_gpt2(tied):
+    V, C = 50257, 768
+    block = 12 * C * C + 9 * C + 4 * C
+    return V * C + 12 * block + 2 * C + (0 if tied else V * C)
+
+
+check("5.3", count_gpt2)
+
+
+# %% tags=["5.4"]
+llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 128256 * 4096
+
+check("5.4", llama3_8b)
+
+
+# %% tags=["14.1"]
+looks_at = 5
+
+check("14.1", looks_at)
+
+
+# %% tags=["14.2"]
+def induction_score(weights, n):
+    t = torch.arange(n, 2 * n)
+    return weights[t, t - n].mean()
+
+
+check("14.2", induction_score)
+
+
+# %% tags=["14.3"]
+def loss_without(model, idx, layer, head):
+    return model(idx[:, :-1], idx[:, 1:])[1]
+
+
+check("14.3", loss_without)
+
+
+# %% tags=["14.4"]
+def lens_probability(model, stream, token):
+    return model.head(stream).softmax(-1)[token]
+
+
+check("14.4", lens_probability)
+
+
+# %% tags=["15.1"]
+def own_rows(step, rank, n):
+    return list(range(step * 8 + rank, step * 8 + 8, n))
+
+
+check("15.1", own_rows)
+
+
+# %% tags=["15.2"]
+def ring_bytes(n_parameters, n):
+    return (n - 1) / n * n_parameters * 4
+
+
+milliseconds = 10.0
+
+check("15.2", (ring_bytes, milliseconds))
+
+
+# %% tags=["15.3"]
+n_devices_needed = 2
+
+check("15.3", n_devices_needed)
+
+
+# %% tags=["15.4"]
+losses = 2.25, 2.25
+
+check("15.4", losses)

@@ -20,6 +20,7 @@ def utf8_length(character):
 
 check("1.2", utf8_length)
 
+
 # %% tags=["1.3"]
 first_merges = ["co", "nu", "coco"]
 
@@ -40,6 +41,7 @@ def encode_word(word, ranks):
 
 check("1.4", encode_word)
 
+
 # %% tags=["1.5"]
 names = {"Анна": 8, "Άννα": 8, "अन्ना": 15, "安娜": 6}
 
@@ -52,6 +54,7 @@ def n_windows(N, T, stride):
 
 
 check("2.1", n_windows)
+
 
 # %% tags=["2.2"]
 mean_loss = (math.log(2) + math.log(4) + math.log(8)) / 3
@@ -87,10 +90,12 @@ def past_mean(x):
 
 check("3.1", past_mean)
 
+
 # %% tags=["3.2"]
 divisor = (64 * 4) ** 0.5
 
 check("3.2", divisor)
+
 
 # %% tags=["3.3"]
 bytes_of_a_head = 2 * 32 * 128 * 8192 * 2
@@ -148,3 +153,105 @@ r = (8192 / 4096 - 1) / (4 - 1)
 scaled_wavelengths = 1000, 4096 / (r + (1 - r) / 8), 8 * 10_000
 
 check("4.4", scaled_wavelengths)
+
+
+# %% tags=["5.1"]
+def rms_norm(x):
+    mean_square = x.square().mean(dim=-1, keepdim=True)
+    return x / (mean_square + 1e-5).sqrt()
+
+
+check("5.1", rms_norm)
+
+
+# %% tags=["5.2"]
+after_dropout = 0, 0.6 / 0.8, 0.6
+
+check("5.2", after_dropout)
+
+
+# %% tags=["5.3"]
+def count_gpt2(tied):
+    V, C = 50257, 768
+    attention = 4 * (C * C + C)
+    mlp = C * 4 * C + 4 * C + 4 * C * C + C
+    block = attention + mlp + 2 * 2 * C
+    return V * C + 1024 * C + 12 * block + 2 * C + (0 if tied else V * C)
+
+
+check("5.3", count_gpt2)
+
+
+# %% tags=["5.4"]
+V, C, inner, keys = 128256, 4096, 14336, 8 * 128
+block = 2 * C * C + 2 * C * keys + 3 * C * inner + 2 * C
+llama3_8b = 32 * block + C + 2 * V * C
+
+check("5.4", llama3_8b)
+
+
+# %% tags=["14.1"]
+looks_at = 25 - 20 + 1
+
+check("14.1", looks_at)
+
+
+# %% tags=["14.2"]
+def induction_score(weights, n):
+    t = torch.arange(n, 2 * n)
+    return weights[t, t - n + 1].mean()
+
+
+check("14.2", induction_score)
+
+
+# %% tags=["14.3"]
+def loss_without(model, idx, layer, head):
+    mask = torch.zeros(len(model.blocks), model.config.n_head + 1, dtype=torch.bool)
+    mask[layer, head] = True
+    with torch.no_grad(), switched_off(model, mask):
+        return model(idx[:, :-1], idx[:, 1:])[1]
+
+
+check("14.3", loss_without)
+
+
+# %% tags=["14.4"]
+def lens_probability(model, stream, token):
+    logits = model.head(model.final_norm(stream))
+    return logits.softmax(-1)[token]
+
+
+check("14.4", lens_probability)
+
+
+# %% tags=["15.1"]
+def own_rows(step, rank, n):
+    share = 8 // n
+    first = step * 8 + rank * share
+    return list(range(first, first + share))
+
+
+check("15.1", own_rows)
+
+
+# %% tags=["15.2"]
+def ring_bytes(n_parameters, n):
+    return 2 * (n - 1) / n * n_parameters * 4
+
+
+milliseconds = ring_bytes(124_439_808, 8) / 25e9 * 1000
+
+check("15.2", (ring_bytes, milliseconds))
+
+
+# %% tags=["15.3"]
+n_devices_needed = 4
+
+check("15.3", n_devices_needed)
+
+
+# %% tags=["15.4"]
+losses = (25.0 + 60.0) / (10 + 30), (25.0 / 10 + 60.0 / 30) / 2
+
+check("15.4", losses)

@@ -1,0 +1,384 @@
+"""The dataset docs: what the functions and classes of Python's standard library do, as questions.
+
+    python prepare.py docs
+
+Everything is read from the source of this Python with `ast`; nothing is imported. A fact is what is
+known of one function, class or method; questions ask for it in many phrasings, of which the last
+ones are kept for the test alone. Names that do not exist are made from real ones.
+"""
+
+import ast
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from glass.sources import ascii_text, python_sources
+
+LEFT_OUT = {"idlelib", "turtledemo", "distutils", "lib2to3", "pydoc_data", "ensurepip", "encodings"}
+# modules that users know by another name; None: the same functions for another system
+KNOWN_AS = {"posixpath": "os.path", "genericpath": "os.path", "ntpath": None}
+SHORTEST, LONGEST = 15, 160  # characters of a first sentence
+LONGEST_ARGUMENTS = 80  # characters; longer ones are not asked for
+N_OBJECTS = 2000  # the most used ones, unless prepare.py --objects says otherwise
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of one function, class or method."""
+
+    name: str  # as users write it: os.path.join
+    module: str  # the module to import: os.path
+    arguments: str | None  # as in its definition, without self: (a, *p); None: it is a property
+    sentence: str  # the first one of its docstring
+    uses: int  # how often the last part of its name occurs in the library's own source
+
+
+# Questions: {} is a name, or what a thing does. The last N_TEST of each kind are for the test alone,
+# the one before them is for validation.
+N_TEST = 3
+QUESTIONS = {
+    "does": (
+        "What does {} do?",
+        "What is {} for?",
+        "Explain {}.",
+        "What is the purpose of {}?",
+        "Describe {} in one sentence.",
+        "Tell me what {} does.",
+        "{}: what is it?",
+        "What happens when I use {}?",
+        "I found {} in some code. What is it good for?",
+        "Can you tell me about {}?",
+        "Why would I use {}?",
+        "In short, what can {} do for me?",
+    ),
+    "arguments": (
+        "Which arguments does {} take?",
+        "What are the arguments of {}?",
+        "What is the signature of {}?",
+        "Show the parameters of {}.",
+        "How do I call {}?",
+        "Name the arguments of {}.",
+        "{}: which parameters?",
+        "What can be passed to {}?",
+        "What does a call of {} look like?",
+        "Which parameters does {} have?",
+        "What do I pass to {}?",
+        "Give me the signature of {}, please.",
+    ),
+    "module": (
+        "In which module is {}?",
+        "Which module has {}?",
+        "Where is {} defined?",
+        "What do I import to use {}?",
+        "From which module does {} come?",
+        "Name the module of {}.",
+        "{}: which module?",
+        "Which module must I import for {}?",
+        "Where do I find {}?",
+        "To which module does {} belong?",
+        "What is the module of {} called?",
+        "I want to use {}. What should I import?",
+    ),
+    "which": (
+        "Which name does this: {}",
+        "What is it called: {}",
+        "Find the name for this: {}",
+        "I am looking for this: {}",
+        "Name what fits this: {}",
+        "What has this description: {}",
+        "Which function, method or class is meant? {}",
+        "Whose documentation begins like this: {}",
+        "What should I use for this: {}",
+        "What in the standard library does this: {}",
+        "Is there anything for this? {}",
+        "Help me find this: {}",
+    ),
+    "exists": (
+        "Does {} exist?",
+        "Is there {} in the standard library?",
+        "Is {} a real name?",
+        "Does Python have {}?",
+        "Can I use {} in Python?",
+        "{}: does it exist?",
+        "Is {} part of Python?",
+        "Tell me whether {} exists.",
+        "Do you know {}?",
+        "Have you heard of {}?",
+        "Is {} something that Python comes with?",
+        "Did I make up {}?",
+    ),
+}
+FOLLOW_UPS = ("And its arguments?", "Which arguments does it take?", "How do I call it?")
+FOLLOW_UP_TEST = "What do I pass to it?"
+
+
+def read_facts():
+    """The Facts of this Python's standard library, the most used first; ties by name."""
+    trees, words = {}, Counter()
+    for path, text, tree in python_sources():
+        parts = [*path.parts[:-1], path.stem]
+        if parts[-1] == "__init__":
+            parts.pop()
+        if parts and parts[0] not in LEFT_OUT and parts[-1] != "__main__":
+            trees[".".join(parts)] = tree
+        words.update(re.findall(r"[A-Za-z_]\w*", text))
+    names = public_names(trees)
+    facts = {}
+    for module, tree in trees.items():
+        for node in definitions(tree.body):
+            full_name = names.get((module, node.name))
+            if full_name is None:
+                continue
+            home = full_name.rpartition(".")[0]
+            for name, each in with_methods(full_name, node):
+                fact = fact_of(name, home, each, words)
+                if fact and name not in facts:
+                    facts[name] = fact
+    return sorted(facts.values(), key=lambda fact: (-fact.uses, fact.name))
+
+
+def definitions(body):
+    """The functions and classes of a module, those under an `if` or `try` included."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node
+        elif isinstance(node, ast.If):
+            yield from definitions([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try):
+            yield from definitions([*node.body, *node.orelse])
+
+
+def with_methods(name, node):
+    """Yield (full name, node) of a function or class and of the public methods of a class."""
+    yield name, node
+    if isinstance(node, ast.ClassDef):
+        for each in definitions(node.body):
+            if not isinstance(each, ast.ClassDef) and not each.name.startswith("_"):
+                yield f"{name}.{each.name}", each
+
+
+def public_names(trees):
+    """How users write each definition: a dict of (module, name) to the full name.
+
+    A module that imports names from a private module, or a package that imports them from one of
+    its own, offers them under its own, shorter name.
+    """
+    names = {}
+    for module, tree in trees.items():
+        shown = KNOWN_AS.get(module, module)
+        if shown and not is_private(shown):
+            for node in definitions(tree.body):
+                if not node.name.startswith("_"):
+                    names[module, node.name] = f"{shown}.{node.name}"
+    for module, tree in sorted(trees.items()):
+        if is_private(module) or module in KNOWN_AS:
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            source = absolute(module, node, trees)
+            if source not in trees or not (is_private(source) or source.startswith(module + ".")):
+                continue
+            for original, name in imported(node, trees[source]):
+                offered = f"{module}.{name}"
+                present = names.get((source, original))
+                if present is None or offered.count(".") < present.count("."):
+                    names[source, original] = offered
+    return names
+
+
+def is_private(module):
+    return any(part.startswith("_") for part in module.split("."))
+
+
+def absolute(module, node, trees):
+    """The full name of the module that `from ... import` names."""
+    if not node.level:
+        return node.module
+    is_package = any(other.startswith(module + ".") for other in trees)
+    parts = module.split(".")
+    parts = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def imported(node, tree):
+    """Yield (name there, name here) of what `from ... import` takes from the module of a tree."""
+    for alias in node.names:
+        if alias.name != "*":
+            name = alias.asname or alias.name
+            if not name.startswith("_"):
+                yield alias.name, name
+            continue
+        listed = listed_names(tree)
+        for each in definitions(tree.body):
+            if each.name in listed if listed else not each.name.startswith("_"):
+                yield each.name, each.name
+
+
+def listed_names(tree):
+    """The names in a module's __all__, as far as they are written out."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
+            if isinstance(node.value, (ast.List, ast.Tuple)):
+                return {getattr(element, "value", None) for element in node.value.elts}
+    return set()
+
+
+def fact_of(name, module, node, words):
+    """The Fact of a definition, or None where its docstring has no usable first sentence."""
+    sentence = first_sentence(ast.get_docstring(node) or "")
+    if not sentence:
+        return None
+    return Fact(name, module, arguments_of(node), sentence, words[name.rpartition(".")[2]])
+
+
+def first_sentence(doc):
+    """The first sentence of a docstring on one line, or "" where it does not serve as an answer."""
+    paragraph = " ".join(ascii_text(doc).split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0].rstrip(".")
+    is_call = re.match(r"[\w.]+\(", sentence)  # it begins with how to call it
+    is_prose = len(sentence.split()) >= 3 and sentence[:1].isalpha() and not is_call
+    is_whole = (
+        not sentence.endswith((":", ",", ";", " e.g", " i.e", " etc")) and "->" not in sentence
+    )
+    if SHORTEST <= len(sentence) <= LONGEST and is_prose and is_whole:
+        return sentence + "."
+    return ""
+
+
+def arguments_of(node):
+    """The arguments of a function, or of a class's __init__, as text: without self and types.
+
+    None for a property.
+    """
+    if any(getattr(each, "id", "").endswith("property") for each in node.decorator_list):
+        return None
+    if isinstance(node, ast.ClassDef):
+        found = [each for each in definitions(node.body) if each.name == "__init__"]
+        if not found:
+            return "()"
+        node, is_method = found[0], True
+    else:
+        first = [*node.args.posonlyargs, *node.args.args][:1]
+        is_method = bool(first) and first[0].arg in ("self", "cls")
+    args = node.args
+    for each in ast.walk(args):
+        if isinstance(each, ast.arg):
+            each.annotation = None
+    text = ascii_text(ast.unparse(args))
+    if is_method:
+        text = text.partition(",")[2].strip().removeprefix("/").removeprefix(", ")
+    return f"({text})"
+
+
+# Questions and answers.
+
+
+def docs_records(objects=N_OBJECTS, seed=1337):
+    """Yield the questions about the `objects` most used Facts, with their answers and splits.
+
+    Each is a dict with the keys kind, instruction, output and split, or kind, messages and split.
+    """
+    rng = random.Random(seed)
+    every = read_facts()
+    facts = every[:objects]
+    shared = Counter(asked_as("which", fact) for fact in every)
+    shared.update(asked_as("module", fact) for fact in every)
+    for fact in facts:
+        for kind, answer in answers_of(fact):
+            asked = asked_as(kind, fact)
+            if shared[asked] <= 1:  # else it has several answers
+                yield from phrased(kind, kind, asked, answer)
+        if fits(fact.arguments):
+            yield from conversations(fact, rng)
+    known = {fact.name for fact in every}
+    for name, kind in made_up_names(facts, known, rng):
+        for asked_kind in ("does", "arguments", "exists"):
+            rows = list(phrased(kind, asked_kind, name, f"I do not know {name}."))
+            if kind == "unknown":
+                yield from rng.sample(rows, 4)
+            else:  # a kind of name that training never sees
+                yield rng.choice([row for row in rows if row["split"] == "test"])
+
+
+def answers_of(fact):
+    """(kind of question, answer) of all that can be asked about a Fact."""
+    yield "does", fact.sentence
+    if fits(fact.arguments):
+        yield "arguments", fact.arguments
+    yield "module", f"{fact.module}."
+    if len(fact.sentence.split()) >= 5:
+        yield "which", f"{fact.name}."
+    yield "exists", f"Yes, in {fact.module}."
+
+
+def fits(arguments):
+    return arguments is not None and len(arguments) <= LONGEST_ARGUMENTS
+
+
+def asked_as(kind, fact):
+    """What a question says of a Fact: its name, its name without the module, or what it does.
+
+    The last is its sentence without the first word, as someone who looks for the name says it.
+    """
+    if kind == "which":
+        return fact.sentence.partition(" ")[2]
+    if kind == "module":
+        return fact.name.removeprefix(fact.module + ".")
+    return fact.name
+
+
+def phrased(kind, asked_kind, asked, answer):
+    """Yield a row for each phrasing of a question."""
+    phrasings = QUESTIONS[asked_kind]
+    for i, phrasing in enumerate(phrasings):
+        left = len(phrasings) - i
+        split = "test" if left <= N_TEST else "val" if left == N_TEST + 1 else "train"
+        yield {
+            "kind": kind,
+            "instruction": phrasing.format(asked),
+            "output": answer,
+            "split": split,
+        }
+
+
+def conversations(fact, rng):
+    """Yield conversations of two turns, the second about the arguments of what the first named."""
+    for split, phrasings, follow_ups in (
+        ("train", QUESTIONS["does"][: -N_TEST - 1], FOLLOW_UPS),
+        ("test", QUESTIONS["does"][-N_TEST:], (FOLLOW_UP_TEST,)),
+    ):
+        said = (
+            ("user", rng.choice(phrasings).format(fact.name)),
+            ("assistant", fact.sentence),
+            ("user", rng.choice(follow_ups)),
+            ("assistant", fact.arguments),
+        )
+        messages = [{"role": role, "content": content} for role, content in said]
+        yield {"kind": "conversation", "messages": messages, "split": split}
+
+
+def made_up_names(facts, known, rng):
+    """Yield (name, kind) of names that do not exist, made from real ones.
+
+    unknown: the module of one and the last part of another, or two last parts joined. "unknown
+    word" and "unknown letters" are for the test alone: a part of a name replaced by a word of a
+    sentence, or two neighbouring letters exchanged.
+    """
+    last_parts = [fact.name.rpartition(".")[2] for fact in facts]
+    words = sorted({word for fact in facts for word in re.findall(r"[a-z]{4,}", fact.sentence)})
+    made = set()
+    for fact in facts:
+        home, _, last = fact.name.rpartition(".")
+        i = rng.randrange(len(last)) if len(last) < 2 else rng.randrange(len(last) - 1)
+        exchanged = last[:i] + last[i + 1 : i + 2] + last[i : i + 1] + last[i + 2 :]
+        for name, kind in (
+            (f"{home}.{rng.choice(last_parts)}", "unknown"),
+            (f"{home}.{last}{rng.choice(last_parts)}", "unknown"),
+            (f"{home}.{rng.choice(words)}", "unknown word"),
+            (f"{home}.{exchanged}", "unknown letters"),
+        ):
+            if name not in known and name not in made:
+                made.add(name)
+                yield name, kind
