@@ -164,9 +164,9 @@ plt.title("One key at positions 0 to 5")
 picture("04_rotation")
 
 # %% [markdown]
-# If query and key are both rotated, the angle between them changes by the difference of their angles, $(t -
-# s)\,w_i$. The product of two vectors depends on their lengths and on the angle between them. So the score
-# knows the distance, and nothing else about the two positions.
+# If query and key are both rotated, the angle between them changes by the difference of their angles,
+# $(t - s)\,w_i$. The product of two vectors depends on their lengths and on the angle between them. So the
+# score knows the distance, and nothing else about the two positions.
 #
 # In the code, channel i is paired with channel i + D / 2. This is the function, and beside it the same with
 # complex numbers: a pair as
@@ -294,12 +294,12 @@ plt.legend()
 picture("04_wavelengths")
 
 # %% [markdown]
-# ## Llama 3.1: a longer context than it was trained with
+# ## Llama 3.1: a longer context
 #
-# Llama 3 was trained on 8,192 positions. At position 100,000 its slow pairs have angles that training never
-# had. Llama 3.1 slows these pairs down by a factor of 8 and leaves the fast ones alone, because near words
-# must look as they did. What decides is how many turns a pair makes within the original 8,192 positions, $n =
-# 8192\,w / 2\pi$:
+# Llama 3 reads 8,192 positions, Llama 3.1 reads 131,072. At position 100,000 a slow pair has an angle that it
+# never has within the first 8,192. So Llama 3.1 slows the slow pairs down by a factor of 8. It leaves the
+# fast ones as they are: they have been all the way round already, and near tokens must look as they did. What
+# decides is how many turns a pair makes within 8,192 positions, $n = 8192\,w / 2\pi$:
 #
 # - more than 4 turns (`high_freq_factor`): w stays,
 # - less than 1 turn (`low_freq_factor`): w becomes w / 8,
@@ -370,9 +370,10 @@ print("norm first or rotation first:", (normed_first - rotated_first).abs().max(
 # ## Break it
 #
 # First, rotate the queries and not the keys. Then the score depends on the position of the query, even where
-# the distance is the same. In `model.py`, let `rotate` give back `apply_rope(q.float(),
-# *rotation).to(q.dtype), k`, and run `python -m pytest test_all.py -k greedy_tokens_of_transformers` (it
-# needs `requirements-dev.txt`). Which of its settings fail, and which do not?
+# the distance is the same. In `model.py`, let `rotate` give back
+# `apply_rope(q.float(), *rotation).to(q.dtype), k`, and run
+# `python -m pytest test_all.py -k greedy_tokens_of_transformers` (it needs `requirements-dev.txt`). Which of
+# its settings fail, and which do not?
 
 # %%
 q, k = torch.randn(2, D)
