@@ -326,9 +326,8 @@ check("1.5", names)
 # In `bpe.py`, change `min(candidates)` to `max(candidates)` in `merge_steps`, so that the pair learned last
 # is merged first, and run `python -m pytest test_all.py -k merging_with_a_heap`. For which text does it fail?
 
+
 # %%
-
-
 def longest_first(word, ranks):
     parts = []
     while word:

@@ -88,6 +88,9 @@ print("windows of 10 tokens, T = 4: stride 4", len(windows(torch.arange(10), 4, 
 print("stride 1", len(windows(torch.arange(10), 4, 1)[0]))
 
 # %% [markdown]
+# Our windows are those that the project evaluates with. From 10 tokens, windows of 4 come twice with a stride
+# of 4, and six times with a stride of 1. A rest that is too short for a whole window is left out here.
+#
 # **Exercise 2.1** Write `n_windows(N, T, stride)`: how many whole windows a text of N tokens gives, by a
 # formula without a loop or `range`. N is at least T + 1.
 
@@ -116,6 +119,8 @@ q, u = tokenizer.encode("qu")
 print(f"q occurs {int(N[q].sum())} times, and {int(N[q, u])} times u follows it")
 
 # %% [markdown]
+# The loop and the count in one go give the same table, and q is nearly always followed by u.
+#
 # Row i divided by its sum gives the probability P of each next token. We add 1 to every count first.
 # Otherwise a pair that the training text does not have would be impossible, and the first such pair in
 # another text would cost infinitely much, as we will see.
@@ -139,6 +144,9 @@ plt.title("Probability of the next character (_ is a space)")
 picture("02_counts")
 
 # %% [markdown]
+# A bright square is a pair that the text likes. With one more in each of 28 places, the share of u after q is
+# smaller than in the counts: that is the price of the 1 where counts are few.
+#
 # ## Writing with it
 #
 # This table is a language model. Begin with a space, draw the next token from the row of the last one, and go
@@ -153,6 +161,8 @@ uniform = torch.randint(27, (100,)).tolist()
 print("for comparison, all characters alike:", repr(tokenizer.decode(uniform)))
 
 # %% [markdown]
+# The first line has spaces and vowels where English could have them. The second has neither.
+#
 # ## How good is it? Cross-entropy
 #
 # A good model gives the tokens that really come a high probability. The loss of one prediction is $-\ln p$,
@@ -234,8 +244,8 @@ check("2.3", bits_per_byte)
 # %% [markdown]
 # ## Embedding: a row of a matrix
 #
-# Counting works for pairs. With a context of two tokens the table would have V * V rows, with three V * V *
-# V, and nearly all counts would be 0. So the logits must come from a computation whose **parameters**, its
+# Counting works for pairs. With a context of two tokens the table would have $V^2$ rows, with three $V^3$,
+# and nearly all counts would be 0. So the logits must come from a computation whose **parameters**, its
 # numbers, are learned. Its first part is the **embedding**: a matrix of V rows and C channels, of which a
 # token takes its row.
 #
@@ -257,6 +267,8 @@ print("one-hot", tuple(one_hot.shape), "embedded", tuple(looked_up.shape))
 print("largest difference:", (one_hot @ W - looked_up).abs().max().item())
 
 # %% [markdown]
+# The three tokens have become three rows of 32 channels, the same in both ways.
+#
 # ## The same model, learned
 #
 # This is the project's GPT with `n_layer=0`: no attention, no MLP. A token's embedding is normalised (lesson
@@ -264,7 +276,8 @@ print("largest difference:", (one_hot @ W - looked_up).abs().max().item())
 # the last token alone: a bigram model again, and `config/bigram.py` trains it by command.
 #
 # Nothing is counted now. We take windows at random places, compute the loss, and move all parameters a little
-# in the direction in which the loss falls. The optimizer AdamW does that (lesson 06).
+# in the direction in which the loss falls. The optimizer AdamW does that, with smaller and smaller moves
+# (lesson 06). C is larger than V here, so the product can become any table.
 
 # %%
 source(GPT.forward)

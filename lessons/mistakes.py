@@ -106,6 +106,41 @@ def attend(x, attention):
 check("3.4", attend)
 
 
+# %% tags=["4.1"]
+def product_at(n, w):
+    return (n * w).sin().sum()
+
+
+check("4.1", product_at)
+
+
+# %% tags=["4.2"]
+def rotate(x, positions, w):
+    x1, x2 = x[:, 0::2], x[:, 1::2]
+    angles = positions[:, None] * w
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).view(x.shape)
+
+
+check("4.2", rotate)
+
+
+# %% tags=["4.3"]
+def score_at(q, k, n, w):
+    k1, k2 = k.chunk(2)
+    cos, sin = (n * w).cos(), (n * w).sin()
+    rotated = torch.cat([k1 * cos - k2 * sin, k2 * cos + k1 * sin])
+    return q @ rotated / len(q) ** 0.5
+
+
+check("4.3", score_at)
+
+# %% tags=["4.4"]
+scaled_wavelengths = 1000, (4096 + 2 * 8 * 4096) / 3, 8 * 10_000
+
+check("4.4", scaled_wavelengths)
+
+
 # %% tags=["5.1"]
 def rms_norm(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)

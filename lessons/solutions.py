@@ -119,6 +119,42 @@ def attend(x, attention):
 check("3.4", attend)
 
 
+# %% tags=["4.1"]
+def product_at(n, w):
+    return (n * w).cos().sum()
+
+
+check("4.1", product_at)
+
+
+# %% tags=["4.2"]
+def rotate(x, positions, w):
+    x1, x2 = x.chunk(2, dim=-1)  # (T, D / 2) each
+    angles = positions[:, None] * w  # (T, D / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+check("4.2", rotate)
+
+
+# %% tags=["4.3"]
+def score_at(q, k, n, w):
+    q1, q2 = q.chunk(2)  # the key stays at 0, the query goes to n
+    cos, sin = (n * w).cos(), (n * w).sin()
+    rotated = torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin])
+    return rotated @ k / len(q) ** 0.5
+
+
+check("4.3", score_at)
+
+# %% tags=["4.4"]
+r = (8192 / 4096 - 1) / (4 - 1)
+scaled_wavelengths = 1000, 4096 / (r + (1 - r) / 8), 8 * 10_000
+
+check("4.4", scaled_wavelengths)
+
+
 # %% tags=["5.1"]
 def rms_norm(x):
     mean_square = x.square().mean(dim=-1, keepdim=True)
