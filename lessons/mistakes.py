@@ -135,6 +135,7 @@ def score_at(q, k, n, w):
 
 check("4.3", score_at)
 
+
 # %% tags=["4.4"]
 scaled_wavelengths = 1000, (4096 + 2 * 8 * 4096) / 3, 8 * 10_000
 

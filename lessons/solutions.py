@@ -148,6 +148,7 @@ def score_at(q, k, n, w):
 
 check("4.3", score_at)
 
+
 # %% tags=["4.4"]
 r = (8192 / 4096 - 1) / (4 - 1)
 scaled_wavelengths = 1000, 4096 / (r + (1 - r) / 8), 8 * 10_000
