@@ -198,6 +198,32 @@ rounding_errors = 0.02, 0.2
 check("8.4", rounding_errors)
 
 
+# %% tags=["10.1"]
+chosen = 0, 2
+
+check("10.1", chosen)
+
+
+# %% tags=["10.2"]
+interval = 0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04
+
+check("10.2", interval)
+
+
+# %% tags=["10.3"]
+items_needed = 2401
+
+check("10.3", items_needed)
+
+
+# %% tags=["10.4"]
+def shares_words(item, text, n):
+    return len(set(item.lower().split()) & set(text.lower().split())) >= n
+
+
+check("10.4", shares_words)
+
+
 # %% tags=["14.1"]
 looks_at = 5
 

@@ -219,6 +219,35 @@ rounding_errors = 2.54 / 127 / 2, 25.4 / 127 / 2
 check("8.4", rounding_errors)
 
 
+# %% tags=["10.1"]
+chosen = 0, 1
+
+check("10.1", chosen)
+
+
+# %% tags=["10.2"]
+s, n, z = 0.8, 100, 1.96
+half = z * math.sqrt(s * (1 - s) / n + z * z / (4 * n * n))
+middle, size = s + z * z / (2 * n), 1 + z * z / n
+interval = (middle - half) / size, (middle + half) / size
+
+check("10.2", interval)
+
+
+# %% tags=["10.3"]
+items_needed = (1.96 * 0.5 / 0.01) ** 2
+
+check("10.3", items_needed)
+
+
+# %% tags=["10.4"]
+def shares_words(item, text, n):
+    return bool(grams(item.lower().split(), n) & grams(text.lower().split(), n))
+
+
+check("10.4", shares_words)
+
+
 # %% tags=["14.1"]
 looks_at = 25 - 20 + 1
 
