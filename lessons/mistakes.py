@@ -172,6 +172,41 @@ llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 12
 check("5.4", llama3_8b)
 
 
+# %% tags=["6.1"]
+limit = 2
+
+check("6.1", limit)
+
+
+# %% tags=["6.2"]
+def adamw(w, g, m, v, t, eta=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    return w - eta * weight_decay * w - eta * m / (v.sqrt() + eps), m, v
+
+
+check("6.2", adamw)
+
+
+# %% tags=["6.3"]
+rate = 1e-4 + (1e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * 60 / 100))
+
+check("6.3", rate)
+
+
+# %% tags=["6.4"]
+def accumulate(model, idx, targets, n):
+    total = 0.0
+    for rows in zip(idx.chunk(n), targets.chunk(n), strict=True):
+        loss = model(*rows)[1]
+        loss.backward()
+        total += loss.item() / n
+    return total
+
+
+check("6.4", accumulate)
+
+
 # %% tags=["8.1"]
 temperature = 1.25
 

@@ -191,6 +191,44 @@ llama3_8b = 32 * block + C + 2 * V * C
 check("5.4", llama3_8b)
 
 
+# %% tags=["6.1"]
+limit = 2 / 50
+
+check("6.1", limit)
+
+
+# %% tags=["6.2"]
+def adamw(w, g, m, v, t, eta=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    w = w - eta * weight_decay * w - eta * m_hat / (v_hat.sqrt() + eps)
+    return w, m, v
+
+
+check("6.2", adamw)
+
+
+# %% tags=["6.3"]
+p = (60 - 20) / (100 - 20)
+rate = 1e-4 + (1e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * p))
+
+check("6.3", rate)
+
+
+# %% tags=["6.4"]
+def accumulate(model, idx, targets, n):
+    total = 0.0
+    for rows in zip(idx.chunk(n), targets.chunk(n), strict=True):
+        loss = model(*rows)[1] / n
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+check("6.4", accumulate)
+
+
 # %% tags=["8.1"]
 temperature = 0.8
 
