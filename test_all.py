@@ -5082,7 +5082,9 @@ def test_every_way_to_write_a_setting_is_understood():
     assert read("--compile").compile is read("--compile=True").compile is True
     assert read("--compile=auto").compile == "auto" and read("--compile=False").compile is False
     assert read("--names", "a", "b", "--n_layer=1").names == ["a", "b"]
-    assert read("--names=a", "b").names == ["a", "b"] and read("--names").names == []
+    assert read("--names=a", "b").names == ["a", "b"]
+    with pytest.raises(ValueError, match="--names has no value"):
+        read("--names")
     assert read("--limit=None").limit is None and read("--learning_rate=1e-3").learning_rate == 1e-3
     assert read("--out_dir=2").out_dir == "2" and read("--out_dir=a=b").out_dir == "a=b"
 
@@ -5260,8 +5262,9 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(trained, capsys, mo
     assert status == 2 and "config.json' cannot be used (No space left" in err
     monkeypatch.setattr(train, "write_json", lambda path, content: None)
     monkeypatch.setattr(bpe, "write_text", lambda path, text: None)
-    status, out, _ = resume("out/small", capsys, "--max_iters=8", "--log_interval=8")
-    assert status == 0 and "metrics.jsonl is not written" in out
+    status, out, err = resume("out/small", capsys, "--max_iters=8", "--log_interval=8")
+    assert status == 2 and "metrics.jsonl is not written" in out
+    assert "the weights of step 8 could not be saved in out/small" in err
     assert Path("out/small/metrics.jsonl").read_bytes().startswith(before.pop("metrics.jsonl"))
     assert {name: Path("out/small", name).read_bytes() for name in before} == before
     assert not list(Path("out/small").glob("*.part"))

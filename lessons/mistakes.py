@@ -259,6 +259,28 @@ def shares_words(item, text, n):
 check("10.4", shares_words)
 
 
+# %% tags=["12.1"]
+flags = [0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0]
+
+check("12.1", flags)
+
+
+# %% tags=["12.2"]
+def masked_loss(logits, targets, counts):
+    return (F.cross_entropy(logits, targets, reduction="none") * counts).mean()
+
+
+check("12.2", masked_loss)
+
+
+# %% tags=["12.3"]
+def begins_right(texts, wanted):
+    return sum(text == right for text, right in zip(texts, wanted, strict=True)) / len(texts)
+
+
+check("12.3", begins_right)
+
+
 # %% tags=["14.1"]
 looks_at = 5
 

@@ -286,6 +286,32 @@ def shares_words(item, text, n):
 check("10.4", shares_words)
 
 
+# %% tags=["12.1"]
+flags = [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
+
+check("12.1", flags)
+
+
+# %% tags=["12.2"]
+def masked_loss(logits, targets, counts):
+    logprobs = F.log_softmax(logits, dim=-1)
+    came = logprobs.gather(1, targets[:, None])[:, 0]
+    return -came[counts].mean()
+
+
+check("12.2", masked_loss)
+
+
+# %% tags=["12.3"]
+def begins_right(texts, wanted):
+    return sum(text.startswith(right) for text, right in zip(texts, wanted, strict=True)) / len(
+        texts
+    )
+
+
+check("12.3", begins_right)
+
+
 # %% tags=["14.1"]
 looks_at = 25 - 20 + 1
 
