@@ -7040,3 +7040,27 @@ def test_every_exercise_has_a_hint_a_solution_and_a_mistake(monkeypatch):
     for number in numbers:
         assert desk.find(number).hints
     assert sorted(desk.EXERCISES) == sorted(numbers)
+
+
+def test_the_glossary_names_lessons_that_explain_and_code_that_is_there():
+    text = (HERE / "lessons/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| ([^|]+) \| [^|]+ \| (\d\d|-) \| (-|`.+`) \|$", text)
+    assert len(rows) >= 70
+    for term, number, place in rows:
+        if number != "-":
+            lesson = next(path for path in LESSONS if path.name.startswith(number))
+            assert term.lower() in lesson.read_text(encoding="utf-8").lower(), term
+        if place != "-":
+            file, name = re.fullmatch(r"`([\w/]+\.py)`: `([\w.]+)`", place).groups()
+            nodes = ast.parse((HERE / file).read_text(encoding="utf-8")).body
+            for part in name.split("."):
+                found = [node for node in nodes if names_in(node) == part]
+                assert found, f"{term}: {file} has no {name}"
+                nodes = getattr(found[0], "body", [])
+    for linked in re.findall(r"\((\w+\.ipynb)\)", text):
+        assert (HERE / "lessons" / linked).is_file()
+
+
+def names_in(node):
+    """The name that a statement defines: of a function, a class or an annotated field."""
+    return getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None)
