@@ -281,6 +281,32 @@ def begins_right(texts, wanted):
 check("12.3", begins_right)
 
 
+# %% tags=["13.1"]
+bradley_terry = 0.75, 0.9
+
+check("13.1", bradley_terry)
+
+
+# %% tags=["13.2"]
+def kl(p, q):
+    return (p * (p / q).log()).sum()
+
+
+check("13.2", kl)
+
+
+# %% tags=["13.3"]
+dpo_losses = tuple((-F.logsigmoid(torch.tensor([0.1 * 10, 0.1 * 2]))).tolist())
+
+check("13.3", dpo_losses)
+
+
+# %% tags=["13.4"]
+group_advantages = [0.5, 0.5, 0.5, -1.5], [0.0] * 4
+
+check("13.4", group_advantages)
+
+
 # %% tags=["14.1"]
 looks_at = 5
 

@@ -312,6 +312,34 @@ def begins_right(texts, wanted):
 check("12.3", begins_right)
 
 
+# %% tags=["13.1"]
+bradley_terry = torch.sigmoid(torch.tensor(1.0)).item(), torch.tensor(9.0).log().item()
+
+check("13.1", bradley_terry)
+
+
+# %% tags=["13.2"]
+def kl(p, q):
+    return torch.where(p > 0, p * (p / q).log(), 0.0).sum()
+
+
+check("13.2", kl)
+
+
+# %% tags=["13.3"]
+margins = torch.tensor([0.1 * ((-20 + 22) - (-30 + 25)), 0.1 * ((-12 + 12) - (-14 + 18))])
+dpo_losses = tuple((-F.logsigmoid(margins)).tolist())
+
+check("13.3", dpo_losses)
+
+
+# %% tags=["13.4"]
+group = torch.tensor([1.0, 1.0, 1.0, 0.0])
+group_advantages = ((group - group.mean()) / group.std(correction=0)).tolist(), [0.0] * 4
+
+check("13.4", group_advantages)
+
+
 # %% tags=["14.1"]
 looks_at = 25 - 20 + 1
 
