@@ -259,6 +259,26 @@ def shares_words(item, text, n):
 check("10.4", shares_words)
 
 
+# %% tags=["11.1"]
+def last_vectors(hidden, lengths):
+    return hidden[:, -1]
+
+
+check("11.1", last_vectors)
+
+
+# %% tags=["11.2"]
+spam_figures = 0.72, 0.8, 0.76, 0.9
+
+check("11.2", spam_figures)
+
+
+# %% tags=["11.3"]
+lora_weights = 768 * 3072
+
+check("11.3", lora_weights)
+
+
 # %% tags=["12.1"]
 flags = [0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0]
 

@@ -286,6 +286,27 @@ def shares_words(item, text, n):
 check("10.4", shares_words)
 
 
+# %% tags=["11.1"]
+def last_vectors(hidden, lengths):
+    return hidden[torch.arange(len(hidden)), lengths - 1]
+
+
+check("11.1", last_vectors)
+
+
+# %% tags=["11.2"]
+precision, recall = 72 / 90, 72 / 100
+spam_figures = precision, recall, 2 * precision * recall / (precision + recall), 900 / 1000
+
+check("11.2", spam_figures)
+
+
+# %% tags=["11.3"]
+lora_weights = 8 * 3072 + 768 * 8
+
+check("11.3", lora_weights)
+
+
 # %% tags=["12.1"]
 flags = [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
 
