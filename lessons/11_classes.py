@@ -46,7 +46,7 @@ english = {
 code = "\n".join(inspect.getsource(module) for module in (argparse, json.decoder, tarfile))
 lines = {line.strip() for line in code.splitlines()}
 python = {
-    line for line in lines if len(line) >= 20 and line[0] not in "#\"'" and not is_prose(line)
+    line for line in lines if len(line) >= 20 and line[0] not in "#\"'" and set(line) & set("=([")
 }
 
 n = min(len(english), len(python), 1500)
@@ -143,8 +143,8 @@ check("11.1", last_vectors)
 #
 # - **all**: every weight is trained.
 # - **head alone**: the new head is trained, everything else is frozen. **Freezing** costs no gradient and no moments.
-# - **LoRA**: each matrix W stays, and a product of two thin matrices is added to it: $W + \frac{\alpha}{r} B A$, with A of r rows
-#   and B of r columns. B starts at 0, so at first nothing changes.
+# - **LoRA**: each matrix W stays, and a product of two thin matrices is added to it:
+#   $W + \frac{\alpha}{r} B A$, with A of r rows and B of r columns. B starts at 0, so at first nothing changes.
 
 
 # %%
@@ -197,9 +197,8 @@ bag = bag_of_tokens(*pairs, tokenizer.vocab_size)
 print(f"the larger class: {majority:.3f}; a bag of characters: {bag:.3f}")
 
 plt.figure(figsize=(5.5, 2.6))
-figures = {"larger class": majority, "bag of characters": bag} | {
-    way: flags.mean().item() for way, flags in right.items()
-}
+figures = {"larger class": majority, "bag of characters": bag}
+figures |= {way: flags.mean().item() for way, flags in right.items()}
 plt.barh(list(figures), list(figures.values()))
 plt.xlim(0.4, 1)
 plt.xlabel("accuracy on 400 unseen lines")
