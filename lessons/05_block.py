@@ -31,8 +31,6 @@ from model import (
     gelu_by_tanh,
 )
 
-torch.manual_seed(0)
-
 # %% [markdown]
 # ## The whole model on one page
 #
@@ -71,6 +69,7 @@ source(Block)
 # come together at the end.
 
 # %%
+torch.manual_seed(0)
 config = GPTConfig(vocab_size=65, block_size=32, n_layer=1, n_head=4, n_embd=64)
 attention = Block(config, 0).attn
 x = torch.randn(2, 5, 64)  # (B, T, C)
@@ -235,14 +234,14 @@ print(f"three matrices of F: {three_matrices:,} weights; two of 4 C: {two_matric
 
 # %% [markdown]
 # With F = 8/3 C the three matrices would hold as many weights as the two of GPT-2's MLP. `model.py` rounds F
-# up to a multiple of 64, which is quicker on most machines; with only 64 channels the rounding shows.
+# up to a multiple of 64; with only 64 channels the rounding shows.
 
 # %% [markdown]
 # ## Norm before, or norm after?
 #
-# The first transformer normalised the sum: `x = norm(x + part(x))`. GPT-2 and all models since normalise what
-# a part reads, and leave the stream alone. Below are untrained stacks of simple parts, and the gradient of a
-# loss in the weights of the first part, in both ways.
+# The first transformer normalised the sum: `x = norm(x + part(x))`. GPT-2 and most models since normalise
+# what a part reads, and leave the stream alone. Below are untrained stacks of simple parts, and the gradient
+# of a loss in the weights of the first part, in both ways.
 
 # %%
 width = 64
