@@ -475,8 +475,8 @@ def table(figures):
     for figure in figures:
         low, high = figure.interval
         chance = "" if figure.chance is None else f"{figure.chance:.3f}"
-        interval = f"{low:.4f} to {high:.4f}"
-        line = f"{figure.task:{width}}  {figure.metric:18} {figure.value:9.4f}  {interval:>21}"
+        interval = f"{intervals.number_text(low)} to {intervals.number_text(high)}"
+        line = f"{figure.task:{width}}  {figure.metric:18} {intervals.number_text(figure.value):>9}  {interval:>21}"
         line += f" {figure.n:6} {chance:>7}"
         notes = dict(figure.notes)
         if "compared with" in notes:

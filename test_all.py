@@ -2061,6 +2061,14 @@ def test_class_weights_weigh_every_class_alike(long_base):
     )
 
 
+def test_the_config_of_a_fine_tuned_run_has_the_shape_of_its_base(long_base, capsys):
+    assert tune("instruct", capsys, "--max_iters=1")[0] == 0
+    config = json.loads(Path("out/tuned/config.json").read_text())
+    shape = checkpoint.load("out/small")["model_config"]
+    names = "n_layer n_head n_embd head_dim n_inner pos tie_weights".split()
+    assert {name: config[name] for name in names} == {name: shape[name] for name in names}
+
+
 def test_a_preference_between_equal_answers_is_refused():
     row = {"instruction": "To be?", "chosen": "or not", "rejected": "or not"}
     with pytest.raises(ValueError, match="rows line 3: chosen and rejected are the same text"):
@@ -5074,7 +5082,9 @@ def test_every_way_to_write_a_setting_is_understood():
     assert read("--compile").compile is read("--compile=True").compile is True
     assert read("--compile=auto").compile == "auto" and read("--compile=False").compile is False
     assert read("--names", "a", "b", "--n_layer=1").names == ["a", "b"]
-    assert read("--names=a", "b").names == ["a", "b"] and read("--names").names == []
+    assert read("--names=a", "b").names == ["a", "b"]
+    with pytest.raises(ValueError, match="--names has no value"):
+        read("--names")
     assert read("--limit=None").limit is None and read("--learning_rate=1e-3").learning_rate == 1e-3
     assert read("--out_dir=2").out_dir == "2" and read("--out_dir=a=b").out_dir == "a=b"
 
@@ -5252,8 +5262,9 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(trained, capsys, mo
     assert status == 2 and "config.json' cannot be used (No space left" in err
     monkeypatch.setattr(train, "write_json", lambda path, content: None)
     monkeypatch.setattr(bpe, "write_text", lambda path, text: None)
-    status, out, _ = resume("out/small", capsys, "--max_iters=8", "--log_interval=8")
-    assert status == 0 and "metrics.jsonl is not written" in out
+    status, out, err = resume("out/small", capsys, "--max_iters=8", "--log_interval=8")
+    assert status == 2 and "metrics.jsonl is not written" in out
+    assert "the weights of step 8 could not be saved in out/small" in err
     assert Path("out/small/metrics.jsonl").read_bytes().startswith(before.pop("metrics.jsonl"))
     assert {name: Path("out/small", name).read_bytes() for name in before} == before
     assert not list(Path("out/small").glob("*.part"))
@@ -7029,3 +7040,27 @@ def test_every_exercise_has_a_hint_a_solution_and_a_mistake(monkeypatch):
     for number in numbers:
         assert desk.find(number).hints
     assert sorted(desk.EXERCISES) == sorted(numbers)
+
+
+def test_the_glossary_names_lessons_that_explain_and_code_that_is_there():
+    text = (HERE / "lessons/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| ([^|]+) \| [^|]+ \| (\d\d|-) \| (-|`.+`) \|$", text)
+    assert len(rows) >= 70
+    for term, number, place in rows:
+        if number != "-":
+            lesson = next(path for path in LESSONS if path.name.startswith(number))
+            assert term.lower() in lesson.read_text(encoding="utf-8").lower(), term
+        if place != "-":
+            file, name = re.fullmatch(r"`([\w/]+\.py)`: `([\w.]+)`", place).groups()
+            nodes = ast.parse((HERE / file).read_text(encoding="utf-8")).body
+            for part in name.split("."):
+                found = [node for node in nodes if names_in(node) == part]
+                assert found, f"{term}: {file} has no {name}"
+                nodes = getattr(found[0], "body", [])
+    for linked in re.findall(r"\((\w+\.ipynb)\)", text):
+        assert (HERE / "lessons" / linked).is_file()
+
+
+def names_in(node):
+    """The name that a statement defines: of a function, a class or an annotated field."""
+    return getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None)

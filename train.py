@@ -443,7 +443,8 @@ def start(settings, chosen, model, task, processes, state):
     else:
         task.begin(model)
     if processes.is_main:
-        write_json(run.folder / "config.json", asdict(settings))
+        # fine-tuning's settings have defaults where the model brings its own
+        write_json(run.folder / "config.json", asdict(settings) | asdict(model.config))
         task.tokenizer.save(run.folder / "tokenizer.json")
         write_about(run)
     return run, lock

@@ -8,6 +8,11 @@ Z = 1.959964  # the normal distribution holds 95% within Z standard deviations o
 RESAMPLES = 1000
 
 
+def number_text(value):
+    """A figure as text: four decimals, or four digits where it is large."""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
+
+
 def wilson(successes, n):
     """The interval (low, high) of the share of successes among n trials.
 

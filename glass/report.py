@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glass.files import write_text
+from glass.intervals import number_text
 
 COLOURS = ("#0b6e99", "#c2410c")  # of the first run and of the second
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 260, 52, 36  # of a picture, in pixels
@@ -164,7 +165,8 @@ def picture(title, curves, x_name):
             f'<text x="{across}" y="{HEIGHT - BOTTOM + 16}" class="mid">{short(tick)}</text>'
         )
     parts.append(f'<text x="{WIDTH - 12}" y="{HEIGHT - 4}" class="end">{escape(x_name)}</text>')
-    for i, (label, colour, dashed, points) in enumerate(curves):
+    keys = []
+    for label, colour, dashed, points in curves:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         line = " ".join(place(x, y) for x, y in thinned(points))
         parts.append(f'<polyline fill="none" stroke="{colour}"{dash} points="{line}"/>')
@@ -172,14 +174,12 @@ def picture(title, curves, x_name):
             for point in line.split():
                 x, y = point.split(",")
                 parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-        key = f"{label}: {points[-1][1]:.4g} at the end"
-        y = 16 + 15 * i
-        parts.append(f'<path d="M{WIDTH - 250} {y - 4}h20" stroke="{colour}"{dash}/>')
-        parts.append(f'<text x="{WIDTH - 224}" y="{y}">{escape(key)}</text>')
+        dashes = f'<svg viewBox="0 0 20 8"><path d="M0 4h20" stroke="{colour}"{dash}/></svg>'
+        keys.append(f"<li>{dashes}{escape(label)}: {points[-1][1]:.4g} at the end</li>")
     body = "".join(parts)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'role="img" aria-label="{escape(title)}">{body}</svg></figure>'
+        f'role="img" aria-label="{escape(title)}">{body}</svg><ul>{"".join(keys)}</ul></figure>'
     )
 
 
@@ -330,7 +330,8 @@ def settings_table(runs):
     """The settings that differ from the defaults in a run, or between the runs."""
     names = {name for run in runs for name in run.about.get("changed") or {}}
     for name in {name for run in runs for name in run.config}:
-        if len({json.dumps(run.config.get(name)) for run in runs}) > 1:
+        values = {json.dumps(run.config[name]) for run in runs if name in run.config}
+        if len(values) > 1:
             names.add(name)
     values = [(name, lambda run, name=name: run.config.get(name)) for name in sorted(names)]
     return by_run(runs, values)
@@ -359,7 +360,8 @@ def figure_text(figure):
     """A figure with its interval as text."""
     if figure is None or not all(is_number(figure[name]) for name in ("value", "low", "high")):
         return ""
-    return f"{figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f})"
+    value, low, high = (number_text(figure[name]) for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def tests(runs):
@@ -404,6 +406,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption, th { font-weight: 600; text-align: left }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; stroke-width: 1.5 }
+figure ul { list-style: none; padding: 0; margin: .2rem 0; font-size: 13px }
+figure li svg { width: 20px; height: 8px; margin-right: .5rem }
 svg text { fill: var(--ink) } .grid { stroke: var(--rule); stroke-width: 1 }
 .end { text-anchor: end } .mid { text-anchor: middle }
 .wide { overflow-x: auto } table { border-collapse: collapse; min-width: 50% }

@@ -145,7 +145,7 @@ check("3.2", divisor)
 #
 # One softmax gives one pattern of looking. Two things are often wanted at once: the previous character, and
 # the last line break. So the C channels are split into H heads of D = C / H channels; each head attends on
-# its own, and their outputs are joined again.
+# its own, and their outputs are joined again: **multi-head attention**.
 
 # %%
 B, H, C = 2, 4, 32

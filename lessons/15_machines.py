@@ -7,7 +7,7 @@
 # - say what is kept where when weights, gradients and moments are sharded, and what it costs to fetch them,
 # - judge whether a model fits on given devices before you rent them.
 #
-# You need lessons 06 (a step) and 07 (rows are a function of the step). Time: 40 minutes, exercises included.
+# You need lesson 06 (a step of training). Time: 40 minutes, exercises included.
 #
 # Letters: n processes (one for each device), P parameters.
 

@@ -135,6 +135,7 @@ def score_at(q, k, n, w):
 
 check("4.3", score_at)
 
+
 # %% tags=["4.4"]
 scaled_wavelengths = 1000, (4096 + 2 * 8 * 4096) / 3, 8 * 10_000
 
@@ -168,6 +169,141 @@ check("5.3", count)
 llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 128256 * 4096
 
 check("5.4", llama3_8b)
+
+
+# %% tags=["6.1"]
+limit = 2
+
+check("6.1", limit)
+
+
+# %% tags=["6.2"]
+def adamw(w, g, m, v, t, eta=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    return w - eta * weight_decay * w - eta * m / (v.sqrt() + eps), m, v
+
+
+check("6.2", adamw)
+
+
+# %% tags=["6.3"]
+rate = 1e-4 + (1e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * 60 / 100))
+
+check("6.3", rate)
+
+
+# %% tags=["6.4"]
+def accumulate(model, idx, targets, n):
+    total = 0.0
+    for rows in zip(idx.chunk(n), targets.chunk(n), strict=True):
+        loss = model(*rows)[1]
+        loss.backward()
+        total += loss.item() / n
+    return total
+
+
+check("6.4", accumulate)
+
+
+# %% tags=["8.1"]
+temperature = 1.25
+
+check("8.1", temperature)
+
+
+# %% tags=["8.2"]
+smallest_p = 0.8
+
+check("8.2", smallest_p)
+
+
+# %% tags=["8.3"]
+def positions_computed(prompt, n, with_cache):
+    return prompt + n if with_cache else sum(range(prompt + n))
+
+
+check("8.3", positions_computed)
+
+
+# %% tags=["8.4"]
+rounding_errors = 0.02, 0.2
+
+check("8.4", rounding_errors)
+
+
+# %% tags=["10.1"]
+chosen = 0, 2
+
+check("10.1", chosen)
+
+
+# %% tags=["10.2"]
+interval = 0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04
+
+check("10.2", interval)
+
+
+# %% tags=["10.3"]
+items_needed = 2401
+
+check("10.3", items_needed)
+
+
+# %% tags=["10.4"]
+def shares_words(item, text, n):
+    return len(set(item.lower().split()) & set(text.lower().split())) >= n
+
+
+check("10.4", shares_words)
+
+
+# %% tags=["12.1"]
+flags = [0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0]
+
+check("12.1", flags)
+
+
+# %% tags=["12.2"]
+def masked_loss(logits, targets, counts):
+    return (F.cross_entropy(logits, targets, reduction="none") * counts).mean()
+
+
+check("12.2", masked_loss)
+
+
+# %% tags=["12.3"]
+def begins_right(texts, wanted):
+    return sum(text == right for text, right in zip(texts, wanted, strict=True)) / len(texts)
+
+
+check("12.3", begins_right)
+
+
+# %% tags=["13.1"]
+bradley_terry = 0.75, 0.9
+
+check("13.1", bradley_terry)
+
+
+# %% tags=["13.2"]
+def kl(p, q):
+    return (p * (p / q).log()).sum()
+
+
+check("13.2", kl)
+
+
+# %% tags=["13.3"]
+dpo_losses = tuple((-F.logsigmoid(torch.tensor([0.1 * 10, 0.1 * 2]))).tolist())
+
+check("13.3", dpo_losses)
+
+
+# %% tags=["13.4"]
+group_advantages = [0.5, 0.5, 0.5, -1.5], [0.0] * 4
+
+check("13.4", group_advantages)
 
 
 # %% tags=["14.1"]

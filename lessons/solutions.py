@@ -148,6 +148,7 @@ def score_at(q, k, n, w):
 
 check("4.3", score_at)
 
+
 # %% tags=["4.4"]
 r = (8192 / 4096 - 1) / (4 - 1)
 scaled_wavelengths = 1000, 4096 / (r + (1 - r) / 8), 8 * 10_000
@@ -188,6 +189,155 @@ block = 2 * C * C + 2 * C * keys + 3 * C * inner + 2 * C
 llama3_8b = 32 * block + C + 2 * V * C
 
 check("5.4", llama3_8b)
+
+
+# %% tags=["6.1"]
+limit = 2 / 50
+
+check("6.1", limit)
+
+
+# %% tags=["6.2"]
+def adamw(w, g, m, v, t, eta=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    w = w - eta * weight_decay * w - eta * m_hat / (v_hat.sqrt() + eps)
+    return w, m, v
+
+
+check("6.2", adamw)
+
+
+# %% tags=["6.3"]
+p = (60 - 20) / (100 - 20)
+rate = 1e-4 + (1e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * p))
+
+check("6.3", rate)
+
+
+# %% tags=["6.4"]
+def accumulate(model, idx, targets, n):
+    total = 0.0
+    for rows in zip(idx.chunk(n), targets.chunk(n), strict=True):
+        loss = model(*rows)[1] / n
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+check("6.4", accumulate)
+
+
+# %% tags=["8.1"]
+temperature = 0.8
+
+check("8.1", temperature)
+
+
+# %% tags=["8.2"]
+smallest_p = int(probs[:3].sum().item() * 100) / 100 + 0.01
+
+check("8.2", smallest_p)
+
+
+# %% tags=["8.3"]
+def positions_computed(prompt, n, with_cache):
+    if with_cache:
+        return prompt + n - 1
+    return sum(prompt + i for i in range(n))
+
+
+check("8.3", positions_computed)
+
+
+# %% tags=["8.4"]
+rounding_errors = 2.54 / 127 / 2, 25.4 / 127 / 2
+
+check("8.4", rounding_errors)
+
+
+# %% tags=["10.1"]
+chosen = 0, 1
+
+check("10.1", chosen)
+
+
+# %% tags=["10.2"]
+s, n, z = 0.8, 100, 1.96
+half = z * math.sqrt(s * (1 - s) / n + z * z / (4 * n * n))
+middle, size = s + z * z / (2 * n), 1 + z * z / n
+interval = (middle - half) / size, (middle + half) / size
+
+check("10.2", interval)
+
+
+# %% tags=["10.3"]
+items_needed = (1.96 * 0.5 / 0.01) ** 2
+
+check("10.3", items_needed)
+
+
+# %% tags=["10.4"]
+def shares_words(item, text, n):
+    return bool(grams(item.lower().split(), n) & grams(text.lower().split(), n))
+
+
+check("10.4", shares_words)
+
+
+# %% tags=["12.1"]
+flags = [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
+
+check("12.1", flags)
+
+
+# %% tags=["12.2"]
+def masked_loss(logits, targets, counts):
+    logprobs = F.log_softmax(logits, dim=-1)
+    came = logprobs.gather(1, targets[:, None])[:, 0]
+    return -came[counts].mean()
+
+
+check("12.2", masked_loss)
+
+
+# %% tags=["12.3"]
+def begins_right(texts, wanted):
+    return sum(text.startswith(right) for text, right in zip(texts, wanted, strict=True)) / len(
+        texts
+    )
+
+
+check("12.3", begins_right)
+
+
+# %% tags=["13.1"]
+bradley_terry = torch.sigmoid(torch.tensor(1.0)).item(), torch.tensor(9.0).log().item()
+
+check("13.1", bradley_terry)
+
+
+# %% tags=["13.2"]
+def kl(p, q):
+    return torch.where(p > 0, p * (p / q).log(), 0.0).sum()
+
+
+check("13.2", kl)
+
+
+# %% tags=["13.3"]
+margins = torch.tensor([0.1 * ((-20 + 22) - (-30 + 25)), 0.1 * ((-12 + 12) - (-14 + 18))])
+dpo_losses = tuple((-F.logsigmoid(margins)).tolist())
+
+check("13.3", dpo_losses)
+
+
+# %% tags=["13.4"]
+group = torch.tensor([1.0, 1.0, 1.0, 0.0])
+group_advantages = ((group - group.mean()) / group.std(correction=0)).tolist(), [0.0] * 4
+
+check("13.4", group_advantages)
 
 
 # %% tags=["14.1"]
