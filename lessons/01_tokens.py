@@ -77,8 +77,9 @@ print("the same text again:", by_words.decode(by_words.encode(TEXT)) == TEXT)
 print(by_words.decode(by_words.encode("The river runs to the lake.")))
 
 # %% [markdown]
-# The names in `<| |>` at the end of its vocabulary are **special tokens**: no text contains them, and the
-# program adds them itself. We come back to them.
+# The word `lake` was not in the training text, so its place holds the unknown token now. The names in `<| |>`
+# at the end of the vocabulary are **special tokens**: they are not made from text, the program adds them
+# itself. We come back to them.
 #
 # ## By characters, by bytes
 #
@@ -162,6 +163,9 @@ print(counts.most_common(4))
 print(merge_pair(parts_of[" rain"], (b" ", b"r")))
 
 # %% [markdown]
+# Two pairs occur seven times each: h and e, space and t. The last line shows ` rain` after a merge of its
+# first two parts.
+#
 # Now the loop. Of equally frequent pairs, the pair with the lower ids is merged. That rule is a choice, but
 # there must be one: otherwise two runs on the same text could learn two vocabularies.
 
@@ -179,6 +183,8 @@ n_parts = sum(len(parts) * pretokens[word] for word, parts in parts_of.items())
 print(f"{len(TEXT)} bytes are now {n_parts} tokens")
 
 # %% [markdown]
+# Twelve merges have made 49 tokens of 94 bytes, and some of the tokens are whole words with their space.
+#
 # `bpe.py` has the same loop as `learn_tokens_plainly`, and `learn_tokens`, which learns the same tokens much
 # faster, because it does not count everything again after a merge. All three agree on our text:
 
@@ -242,6 +248,8 @@ print("as text:   ", tokenizer.encode(end))
 print("as special:", tokenizer.encode(end, allowed_special=[end]))
 
 # %% [markdown]
+# As text the 13 characters are several ordinary tokens. As a special token they are a single id.
+#
 # ## What a vocabulary costs
 #
 # More merges make texts shorter: fewer tokens to compute. But every token of the vocabulary has a row in the

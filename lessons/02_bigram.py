@@ -27,8 +27,6 @@ import bpe
 from glass import shards, sources
 from model import GPT, GPTConfig, embed_tokens
 
-torch.manual_seed(0)
-
 # %% [markdown]
 # ## A text of 27 characters
 #
@@ -37,6 +35,7 @@ torch.manual_seed(0)
 # **validation** text is not used to build the model, only to judge it.
 
 # %%
+torch.manual_seed(0)
 documents = "\n".join(islice(sources.pydoc_documents(), 60))
 text = re.sub("[^a-z]+", " ", documents.lower())
 tokenizer = bpe.CharTokenizer.train(text, special_tokens=[bpe.UNKNOWN])
@@ -109,9 +108,10 @@ check("2.1", n_windows)
 # pairs of neighbours in the training text, in a table N with V rows and V columns.
 
 # %%
-N = torch.zeros(V, V)
+rows = [[0.0] * V for _ in range(V)]
 for i, j in zip(training[:-1].tolist(), training[1:].tolist(), strict=True):
-    N[i, j] += 1
+    rows[i][j] += 1
+N = torch.tensor(rows)  # (V, V)
 
 quicker = torch.bincount(training[:-1] * V + training[1:], minlength=V * V).view(V, V)
 print("counted in one go, the same:", torch.equal(N, quicker.float()))

@@ -32,8 +32,6 @@ from model import (
     rope_rotation,
 )
 
-torch.manual_seed(0)
-
 # %% [markdown]
 # ## Attention does not know the order
 #
@@ -43,6 +41,7 @@ torch.manual_seed(0)
 # not "man bites dog".
 
 # %%
+torch.manual_seed(0)
 T, C = 6, 16
 q_proj, k_proj, v_proj = (torch.randn(C, C) / C**0.5 for _ in range(3))
 mask = causal_mask(torch.arange(T), T)  # (T, T)

@@ -157,14 +157,13 @@ check("5.2", after_dropout)
 
 
 # %% tags=["5.3"]
-def count_gpt2(tied):
-    V, C = 50257, 768
-    block = 12 * C * C + 9 * C + 4 * C
-    return V * C + 12 * block + 2 * C + (0 if tied else V * C)
+def count(C, L, tied, qkv_bias):
+    attention = 4 * C * C + C + (3 * C if qkv_bias else 0)
+    block = attention + 8 * C * C + 5 * C + 2 * (2 * C)
+    return 50_257 * C + 1024 * C + L * block + 2 * C  # the head is forgotten
 
 
-check("5.3", count_gpt2)
-
+check("5.3", count)
 
 # %% tags=["5.4"]
 llama3_8b = 32 * (4 * 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 128256 * 4096

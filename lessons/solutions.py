@@ -172,16 +172,16 @@ check("5.2", after_dropout)
 
 
 # %% tags=["5.3"]
-def count_gpt2(tied):
-    V, C = 50257, 768
-    attention = 4 * (C * C + C)
-    mlp = C * 4 * C + 4 * C + 4 * C * C + C
-    block = attention + mlp + 2 * 2 * C
-    return V * C + 1024 * C + 12 * block + 2 * C + (0 if tied else V * C)
+def count(C, L, tied, qkv_bias):
+    V, T = 50_257, 1024
+    attention = 4 * C * C + C + (3 * C if qkv_bias else 0)
+    mlp = 2 * C * (4 * C) + 4 * C + C
+    block = attention + mlp + 2 * (2 * C)
+    head = 0 if tied else V * C
+    return V * C + T * C + L * block + 2 * C + head
 
 
-check("5.3", count_gpt2)
-
+check("5.3", count)
 
 # %% tags=["5.4"]
 V, C, inner, keys = 128256, 4096, 14336, 8 * 128

@@ -1,8 +1,12 @@
 """The exercises of lesson 05."""
 
+from dataclasses import replace
+
 import torch
 from desk import ask, exercise, expect, same
 from torch.nn import functional as F
+
+from model import GPT, PRESETS
 
 
 @exercise(
@@ -39,18 +43,24 @@ def after_dropout(answer):
     "5.3",
     "A linear layer of n inputs and m outputs has n m weights and m biases.",
     "Attention: four layers C to C. MLP: C to 4 C, and back. A norm: weight and bias of C.",
-    "Not tied: another V C for the head, which has no bias.",
+    "Not tied: another V C for the head, which has no bias. No biases of q, k, v: 3 C less a block.",
 )
-def count_gpt2(answer):
-    tied, untied = ask(answer, True), ask(answer, False)
-    expect(untied - tied == 50257 * 768, "the head that is not tied adds V C parameters")
-    off = tied - 124_439_808
-    expect(off != -2 * 768, "the final norm is missing")
-    expect(off != -1024 * 768, "the positions are missing")
-    expect(
-        off == 0, f"tied it is {tied:,}, which is {abs(off):,} too {'many' if off > 0 else 'few'}"
-    )
-    return "124,439,808, as published."
+def count(answer):
+    for name in ("gpt2", "gpt2-medium", "gpt2-xl"):
+        shape = PRESETS[name]
+        C, L = shape.n_embd, shape.n_layer
+        for tied, qkv_bias in ((True, True), (False, True), (True, False), (False, False)):
+            given = ask(answer, C, L, tied, qkv_bias)
+            with torch.device("meta"):  # shapes without memory
+                needed = GPT(replace(shape, tie_weights=tied, qkv_bias=qkv_bias)).parameter_count()
+            off = given - needed
+            where = f"for C={C}, L={L}, tied={tied}, qkv_bias={qkv_bias} it gave {given:,}"
+            expect(off != -50257 * C, f"{where}: the head that is not tied adds V C")
+            expect(off != -2 * C, f"{where}: the final norm is missing")
+            expect(off != -1024 * C, f"{where}: the positions are missing")
+            expect(off != 3 * L * C, f"{where}: three biases of C in each block are too many")
+            expect(off == 0, f"{where}, {abs(off):,} too {'many' if off > 0 else 'few'}")
+    return "The same as model.py counts, for three sizes."
 
 
 @exercise(
