@@ -183,6 +183,7 @@ def count(C, L, tied, qkv_bias):
 
 check("5.3", count)
 
+
 # %% tags=["5.4"]
 V, C, inner, keys = 128256, 4096, 14336, 8 * 128
 block = 2 * C * C + 2 * C * keys + 3 * C * inner + 2 * C
