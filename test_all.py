@@ -4051,6 +4051,13 @@ def test_serve_tells_the_page_of_a_model_and_of_the_code(running):
         status, _, found = running.ask("GET", f"/source/{view}")
         assert status == 200 and all("def " in one["lines"] for one in found["sources"]), view
     assert running.ask("GET", "/source/nothing")[0] == 404
+    page = (HERE / "glass/page.html").read_text(encoding="utf-8")
+    lessons = re.findall(r'(?m)^  \["(\w+)", .*"(?:needs|takes|neither)", (\d+)\],$', page)
+    assert len(lessons) == 11
+    for _, number in lessons:
+        status, _, text = running.ask("GET", f"/lesson/{number}")
+        assert status == 200 and text.startswith(b"# %% [markdown]"), number
+    assert running.ask("GET", "/lesson/99")[0] == 404
     assert running.ask("POST", "/faq", {"question": "a"})[0] == 404
 
 
@@ -4138,7 +4145,7 @@ WAIT = 20_000  # milliseconds that the browser waits for what it shall show
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 PAGE_TEXT = "To be, or not to be: that"
 VIEWS = re.findall(
-    r'^  \["(\w+)", .*"(?:needs|takes|neither)"\],$',
+    r'^  \["(\w+)", .*"(?:needs|takes|neither)", \d+\],$',
     (HERE / "glass/page.html").read_text(encoding="utf-8"),
     re.MULTILINE,
 )

@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from pathlib import Path
 
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 import model
@@ -20,6 +20,7 @@ from glass import generate, looking, matches, sources, trace
 from glass.guard import ApiError
 from glass.library import describe_runs
 from glass.openai_json import Fields, check_text, wrong
+from glass.settings import HOME
 
 HTML = Path(__file__).resolve().parent / "page.html"
 FAQ_SCORE = 0.6  # similarity from which the page shows the file's answer
@@ -90,6 +91,7 @@ class Page:
             Route("/info", self.info),
             Route("/runs", self.runs),
             Route("/source/{view}", self.source),
+            Route("/lesson/{number:int}", self.lesson),
             Route("/trace", self.trace, methods=["POST"]),
             Route("/faq", self.answer, methods=["POST"]),
         ]
@@ -141,6 +143,14 @@ class Page:
             where = f"{name}, lines {first} to {first + len(lines) - 1}"
             found.append({"where": where, "lines": "".join(lines)})
         return JSONResponse({"sources": found})
+
+    async def lesson(self, request):
+        """A lesson as text: the Python file of this number in lessons/."""
+        number = request.path_params["number"]
+        found = sorted((HOME / "lessons").glob(f"{number:02}_*.py"))
+        if not found:
+            raise ApiError(404, f"lesson={number} is not in lessons/: see lessons/README.md")
+        return PlainTextResponse(found[0].read_text(encoding="utf-8"))
 
     async def trace(self, request):
         """What glass/looking.py gives for the request, on the models that it names."""
