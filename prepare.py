@@ -121,7 +121,7 @@ def input_files(settings):
         else:
             found = sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
-            raise FileNotFoundError(f"{name} is not there: give a file, a folder or a glob")
+            raise FileNotFoundError(f"input={name!r} is not there: give a file, a folder or a glob")
         for path in found:
             if path.is_dir():
                 inside = sorted(path.rglob("*"))

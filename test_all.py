@@ -1381,6 +1381,17 @@ def test_metrics_and_a_picture_that_cannot_be_written_are_warnings(workdir, caps
     )
 
 
+@pytest.mark.parametrize("key, value", [("bytes", 0), ("bytes", math.inf), ("tokens", math.inf)])
+def test_a_dataset_that_miscounts_never_ends_a_run_midway(workdir, capsys, key, value):
+    path = Path("data/small/meta.json")
+    meta = json.loads(path.read_text())
+    meta["splits"]["val"][key] = value
+    path.write_text(json.dumps(meta))
+    status, _, err = run_main(train.main, TINY_RUN, capsys)
+    assert status == (0 if key == "tokens" else 2)  # tokens are counted in the shards
+    assert key == "tokens" or "meta.json" in err
+
+
 def test_torn_lines_of_metrics_are_left_out_on_resumption(workdir, capsys):
     run_main(train.main, TINY_RUN, capsys)
     path = Path("out/small/metrics.jsonl")

@@ -9,6 +9,7 @@ with their header; both hold GPT-2's tokens. This file is all numpy; train.py ma
 import functools
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,10 @@ def open_prepared(name, folder):
         about = meta["splits"][split]
         paths = [(folder / shard["file"], shard["tokens"]) for shard in about["shards"]]
         splits[split] = [map_own_shard(path, tokens, meta["dtype"]) for path, tokens in paths]
-        bytes_per_token[split] = about["bytes"] / max(1, about["tokens"])
+        n_tokens = sum(map(len, splits[split]))
+        if n_tokens and not 0 < about["bytes"] < math.inf:
+            raise ValueError(f"{split} has {n_tokens:,} tokens of {about['bytes']} bytes")
+        bytes_per_token[split] = about["bytes"] / max(1, n_tokens)
     check_tokens(splits, meta["vocab_size"])
     tokenizer = bpe.load_tokenizer(meta["tokenizer"])
     if tokenizer.vocab_size != meta["vocab_size"]:
