@@ -230,6 +230,24 @@ def accumulate(model, idx, targets, n):
 check("6.4", accumulate)
 
 
+# %% tags=["7.1"]
+checkpoint_bytes = 3 * 4 * 124_439_808
+
+check("7.1", checkpoint_bytes)
+
+
+# %% tags=["7.2"]
+refused = {"n_layer", "qk_norm", "dataset"}
+
+check("7.2", refused)
+
+
+# %% tags=["7.3"]
+after_a_kill = 1200, 34
+
+check("7.3", after_a_kill)
+
+
 # %% tags=["8.1"]
 temperature = 0.8
 
