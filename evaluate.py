@@ -473,10 +473,10 @@ def table(figures):
         f"{'':{width}}  {'metric':18} {'value':>9}  {'95% interval':>21} {'n':>6} {'chance':>7}"
     ]
     for figure in figures:
-        low, high = figure.interval
+        value, low, high = map(intervals.number_text, (figure.value, *figure.interval))
         chance = "" if figure.chance is None else f"{figure.chance:.3f}"
-        interval = f"{intervals.number_text(low)} to {intervals.number_text(high)}"
-        line = f"{figure.task:{width}}  {figure.metric:18} {intervals.number_text(figure.value):>9}  {interval:>21}"
+        interval = f"{low} to {high}"
+        line = f"{figure.task:{width}}  {figure.metric:18} {value:>9}  {interval:>21}"
         line += f" {figure.n:6} {chance:>7}"
         notes = dict(figure.notes)
         if "compared with" in notes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from glass.sources import ascii_text, python_sources
 
-LEFT_OUT = {"idlelib", "turtledemo", "distutils", "lib2to3", "pydoc_data", "ensurepip", "encodings"}
+LEFT_OUT = {"idlelib", "turtledemo", "distutils", "pydoc_data", "ensurepip", "encodings"}
 # modules that users know by another name; None: the same functions for another system
 KNOWN_AS = {"posixpath": "os.path", "genericpath": "os.path", "ntpath": None}
 SHORTEST, LONGEST = 15, 160  # characters of a first sentence

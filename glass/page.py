@@ -24,10 +24,8 @@ from glass.settings import HOME
 
 HTML = Path(__file__).resolve().parent / "page.html"
 FAQ_SCORE = 0.6  # similarity from which the page shows the file's answer
-FAQ_LOGPROB, FAQ_UNSURE_SCORE = (
-    -1.5,
-    0.2,
-)  # the same where the model's mean log-probability is below
+FAQ_LOGPROB = -1.5  # below this mean log-probability the model counts as unsure
+FAQ_UNSURE_SCORE = 0.2  # similarity from which the page shows the file's answer then
 SOURCES_OF = {  # of a view: the functions that make its numbers
     "talk": [generate.stream, generate.sample],
     "tokens": [looking.merged_words],

@@ -148,9 +148,9 @@ def lens(found, positions, k, tokens=None):
     ids, logprobs, ranks = [], [], []
     for some in streams.split(8):  # as many at once as memory easily holds
         logits = model.head(model.final_norm(some)).float()  # (8, P, V)
-        top_logits, top_ids = logits.topk(min(k, logits.shape[-1]))
+        top_ids, top_logprobs = likeliest(logits, k)
         ids.append(top_ids)
-        logprobs.append(top_logits - logits.logsumexp(-1, keepdim=True))
+        logprobs.append(top_logprobs)
         chosen = logits.gather(2, tokens.expand(len(some), -1)[..., None])  # (8, P, 1)
         ranks.append((logits > chosen).sum(-1))
     return torch.cat(ids), torch.cat(logprobs), torch.cat(ranks)
