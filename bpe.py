@@ -68,6 +68,7 @@ PATTERNS = {
 
 # Text can be cut at a space that follows a non-space: every pattern above starts a pre-token there.
 SAFE_CUT = re.compile(r"(?<=\S) ")
+LONGEST_SHOWN = 1_000  # characters of a pre-token whose merges `show` prints, one a line
 LONGEST_PIECE = 400_000  # characters; tiktoken 0.14 fails on a run of a million spaces
 CACHED_PRETOKENS = 500_000  # a larger cache is emptied
 
@@ -610,6 +611,7 @@ class BPETokenizer(Tokenizer):
         names = {published: name for name, (published, _) in PATTERNS.items()}
         pattern = names.get(pattern, pattern)
         special_tokens = {token["content"]: token["id"] for token in saved["added_tokens"]}
+        check_distinct({**model["vocab"], **special_tokens})
         written = sorted(model["vocab"].keys() - special_tokens.keys(), key=model["vocab"].get)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merged = list(dict.fromkeys(left + right for left, right in merges))
@@ -619,6 +621,16 @@ class BPETokenizer(Tokenizer):
                 "give the order of merging: renumber the tokens"
             )
         return cls(list(map(read_token, written)), special_tokens, pattern)
+
+
+def check_distinct(ids):
+    """Raise ValueError if two tokens have one id: ids is a dict from token to id."""
+    token_of = {}
+    for token, i in ids.items():
+        if token_of.setdefault(i, token) != token:
+            raise ValueError(
+                f"the tokens {token_of[i]!r} and {token!r} have one id, {i}: give each its own"
+            )
 
 
 BYTE_OF = {character: byte for byte, character in printable_bytes().items()}
@@ -809,6 +821,8 @@ def load_tokenizer(saved):
     """
     if not isinstance(saved, dict):
         path = Path(saved)
+        if path.is_dir():
+            raise ValueError(f"tokenizer {path} is a folder: name the file in it")
         if not path.is_file():
             raise FileNotFoundError(
                 f"tokenizer {path} does not exist: "
@@ -871,7 +885,14 @@ def paint(tokens):
 
 def show_merges(text, tokenizer):
     """Print how each pre-token of text is merged, step by step, with the id of each new token."""
-    for pretoken in split_pretokens(text, tokenizer.pattern):
+    pretokens = list(split_pretokens(text, tokenizer.pattern))
+    longest = max(map(len, pretokens), default=0)
+    if longest > LONGEST_SHOWN:
+        raise ValueError(
+            f"text holds a pre-token of {longest:,} characters, and each of its merges would be a "
+            f"line: show one of at most {LONGEST_SHOWN:,}"
+        )
+    for pretoken in pretokens:
         steps = list(tokenizer.merge_steps(pretoken.encode("utf-8")))
         print(paint(steps[0]))
         for earlier, later in zip(steps, steps[1:]):  # noqa: B905 (one shorter)

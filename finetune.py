@@ -615,6 +615,7 @@ class Reinforce(Instruct):
             ]
             self.differing[kind] = (32 * fraction + sum(of_kind)) / (32 + len(of_kind))
 
+    @torch.no_grad()  # a reward function may change the mode; this puts it back
     def reward_of(self, row, text):
         """The value of the reward function. Without a function: 1 for an exact match, 0 otherwise."""
         if self.reward_function is None:

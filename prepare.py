@@ -680,6 +680,7 @@ def prepare_records(settings, source, files):
         "kind": source.kind,
         "name": settings.name,
         "source": source.about,
+        "objects": settings.objects,
         "splits": about,
     }
 

@@ -710,6 +710,9 @@ def test_tokenizer_json_of_tokenizers_gives_the_same_ids_here(tmp_path):
 def test_tokenizer_json_that_would_give_other_ids_is_refused():
     good = bpe.BPETokenizer.train(PEOPLE, 300).to_huggingface()
     reordered = {**good, "model": {**good["model"], "merges": good["model"]["merges"][::-1]}}
+    twice = {**good["model"]["vocab"], "a": good["model"]["vocab"]["b"]}
+    with pytest.raises(ValueError, match="the tokens 'a' and 'b' have one id"):
+        bpe.load_tokenizer({**good, "model": {**good["model"], "vocab": twice}})
     for bad in (
         reordered,
         {**good, "normalizer": {"type": "NFC"}},
@@ -813,6 +816,14 @@ def test_a_tokenizer_is_never_written_over_a_text_or_another_file(tmp_path):
             or "is the text itself" in done.stderr
         )
     assert text.read_text().startswith("low") and tok.read_text() == "mine"
+
+
+def test_bpe_shows_no_merges_of_an_endless_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bpe, "LONGEST_SHOWN", 9)
+    with pytest.raises(ValueError, match="a pre-token of 10 characters"):
+        bpe.show_merges("ab " + "a" * 9, bpe.BPETokenizer.train(PEOPLE, 300))
+    with pytest.raises(ValueError, match="is a folder: name the file in it"):
+        bpe.load_tokenizer(tmp_path)
 
 
 def test_bpe_refuses_an_out_that_is_no_file_before_it_trains(tmp_path, monkeypatch, capsys):
@@ -1238,6 +1249,34 @@ def test_resuming_refuses_what_changes_the_weights_and_names_what_changes_the_ru
     )
     status, _, err = run_main(train.main, [*resume, "--max_iters=8"], capsys)
     assert status == 2 and "is not the data that out/small was trained on" in err
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(workdir, capsys):
+    run_main(train.main, TINY_RUN, capsys)
+    run_main(train.main, [*TINY_RUN, "--out_dir=out/other", "--seed=2", "--max_iters=9"], capsys)
+    shutil.copy("out/other/ckpt_0000009.pt", "out/small")
+    before = sorted(path.name for path in Path("out/small").iterdir())
+    resume = ["--init_from=resume", "--out_dir=out/small", "--max_iters=12"]
+    status, _, err = run_main(train.main, resume, capsys)
+    assert status == 2 and "ckpt_0000009.pt is of another run" in err
+    assert sorted(path.name for path in Path("out/small").iterdir()) == before
+    Path("out/small/ckpt_0000009.pt").unlink()
+    status, _, err = run_main(train.main, resume, capsys)
+    assert status == 0 and checkpoint.saved_steps("out/small")[-1] == 12, err
+
+
+def test_an_edited_shard_is_named_itself(workdir):
+    path = Path("data/small/train_000000.bin")
+    path.write_bytes(b"\xff\xff" + path.read_bytes()[2:])
+    with pytest.raises(ValueError, match="^[^ ]*train_000000.bin holds token 65535"):
+        shards.open_dataset("small")
+
+
+def test_a_text_is_called_unreadable_only_where_the_locale_reads_it():
+    plain = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    command = [sys.executable, "train.py", "--out_dir=out/süß"]
+    done = subprocess.run(command, cwd=HERE, env=plain, capture_output=True, text=True)
+    assert done.returncode == 2 and "set PYTHONUTF8=1" in done.stderr
 
 
 @needs_unix
@@ -2242,6 +2281,13 @@ def test_a_reward_that_is_no_number_is_refused(long_base, capsys, value):
     Path("odd.py").write_text(f"def reward(prompt, answer):\n    return {value}\n")
     status, _, err = tune("reinforce", capsys, "--reward=odd.py")
     assert status == 2 and "must return a finite number" in err
+
+
+def test_a_reward_may_change_the_mode_of_gradients(long_base, capsys):
+    lines = ("import torch", "def reward(prompt, answer):", "    torch.set_grad_enabled(False)")
+    Path("odd.py").write_text("\n".join([*lines, "    return float(len(answer))\n"]))
+    status, _, err = tune("reinforce", capsys, "--reward=odd.py")
+    assert status == 0, err
 
 
 def test_a_reward_that_raises_is_one_line(long_base, capsys):
@@ -3853,7 +3899,7 @@ GOOD = {"model": "base", "prompt": "a", "max_tokens": 1}
         ("completions", {**GOOD, "prompt": [10**30]}, 400, "ids from 0 to"),
         ("completions", {**GOOD, "prompt": [True]}, 400, "prompt"),
         ("completions", {**GOOD, "prompt": {"a": 1}}, 400, "prompt"),
-        ("completions", {**GOOD, "model": 3}, 400, "model=3 must be a str"),
+        ("completions", {**GOOD, "model": 3}, 400, "model=3 must be a text"),
         ("completions", {**GOOD, "max_tokens": -1}, 400, "max_tokens=-1"),
         ("completions", {**GOOD, "max_tokens": 1.5}, 400, "max_tokens=1.5"),
         ("completions", {**GOOD, "temperature": -1}, 400, "temperature=-1"),

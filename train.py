@@ -444,7 +444,9 @@ def start(settings, chosen, model, task, processes, state):
         task.begin(model)
     if processes.is_main:
         # fine-tuning's settings have defaults where the model brings its own
-        write_json(run.folder / "config.json", asdict(settings) | asdict(model.config))
+        write_json(
+            run.folder / "config.json", asdict(settings) | asdict(model.config) | {"run_id": run.id}
+        )
         task.tokenizer.save(run.folder / "tokenizer.json")
         write_about(run)
     return run, lock

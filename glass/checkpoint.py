@@ -7,7 +7,7 @@ file of the best one. Loading checks every byte: a torch file is a zip archive w
 tensor, which torch.load ignores. It accepts plain types only, never code.
 
 State: version step model optimizer scaler best_val_loss best_step evaluated_step
-evaluations_without_better settings model_config tokenizer data task.
+evaluations_without_better settings model_config tokenizer data task run_id.
 """
 
 import errno

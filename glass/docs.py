@@ -106,9 +106,14 @@ QUESTIONS = {
         "Do you know {}?",
         "Have you heard of {}?",
         "Is {} something that Python comes with?",
-        "Did I make up {}?",
+        "Is there really a {}?",
     ),
 }
+# of the training phrasings of each kind, how many are asked about one thing: the harder, the more
+ASKED = {"does": 8, "arguments": 6, "module": 4, "which": 6, "exists": 2}
+UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
+N_MADE_UP = 2  # for training, of each thing and each of two ways to make them
+VAL_SHARE = 0.2  # of what could be asked for validation
 FOLLOW_UPS = ("And its arguments?", "Which arguments does it take?", "How do I call it?")
 FOLLOW_UP_TEST = "What do I pass to it?"
 
@@ -289,17 +294,12 @@ def docs_records(objects=N_OBJECTS, seed=1337):
         for kind, answer in answers_of(fact):
             asked = asked_as(kind, fact)
             if shared[asked] <= 1:  # else it has several answers
-                yield from phrased(kind, kind, asked, answer)
+                yield from phrased(kind, asked, answer, rng)
         if fits(fact.arguments):
             yield from conversations(fact, rng)
-    known = {fact.name for fact in every}
-    for name, kind in made_up_names(facts, known, rng):
-        for asked_kind in ("does", "arguments", "exists"):
-            rows = list(phrased(kind, asked_kind, name, f"I do not know {name}."))
-            if kind == "unknown":
-                yield from rng.sample(rows, 4)
-            else:  # a kind of name that training never sees
-                yield rng.choice([row for row in rows if row["split"] == "test"])
+    for name, kind, split in made_up_names(facts, {fact.name for fact in every}, rng):
+        question = rng.choice(phrasings(rng.choice(UNKNOWN_ASKED), split)).format(name)
+        yield row(kind, question, f"I do not know {name}.", split)
 
 
 def answers_of(fact):
@@ -329,28 +329,38 @@ def asked_as(kind, fact):
     return fact.name
 
 
-def phrased(kind, asked_kind, asked, answer):
-    """Yield a row for each phrasing of a question."""
-    phrasings = QUESTIONS[asked_kind]
-    for i, phrasing in enumerate(phrasings):
-        left = len(phrasings) - i
-        split = "test" if left <= N_TEST else "val" if left == N_TEST + 1 else "train"
-        yield {
-            "kind": kind,
-            "instruction": phrasing.format(asked),
-            "output": answer,
-            "split": split,
-        }
+def phrasings(kind, split):
+    """The phrasings of a kind of question that a split may use."""
+    every = QUESTIONS[kind]
+    of_split = {
+        "train": every[: -N_TEST - 1],
+        "val": every[-N_TEST - 1 : -N_TEST],
+        "test": every[-N_TEST:],
+    }
+    return of_split[split]
+
+
+def row(kind, question, answer, split):
+    return {"kind": kind, "instruction": question, "output": answer, "split": split}
+
+
+def phrased(kind, asked, answer, rng):
+    """Yield the rows of a question: in some phrasings for training, in each for the test."""
+    for split in ("train", "val", "test"):
+        chosen = phrasings(kind, split)
+        if split == "train":
+            chosen = rng.sample(chosen, ASKED[kind])
+        elif split == "val" and rng.random() > VAL_SHARE:
+            continue
+        for phrasing in chosen:
+            yield row(kind, phrasing.format(asked), answer, split)
 
 
 def conversations(fact, rng):
     """Yield conversations of two turns, the second about the arguments of what the first named."""
-    for split, phrasings, follow_ups in (
-        ("train", QUESTIONS["does"][: -N_TEST - 1], FOLLOW_UPS),
-        ("test", QUESTIONS["does"][-N_TEST:], (FOLLOW_UP_TEST,)),
-    ):
+    for split, follow_ups in (("train", FOLLOW_UPS), ("test", (FOLLOW_UP_TEST,))):
         said = (
-            ("user", rng.choice(phrasings).format(fact.name)),
+            ("user", rng.choice(phrasings("does", split)).format(fact.name)),
             ("assistant", fact.sentence),
             ("user", rng.choice(follow_ups)),
             ("assistant", fact.arguments),
@@ -360,25 +370,28 @@ def conversations(fact, rng):
 
 
 def made_up_names(facts, known, rng):
-    """Yield (name, kind) of names that do not exist, made from real ones.
+    """Yield (name, kind, split) of names that do not exist, made from real ones.
 
-    unknown: the module of one and the last part of another, or two last parts joined. "unknown
-    word" and "unknown letters" are for the test alone: a part of a name replaced by a word of a
-    sentence, or two neighbouring letters exchanged.
+    unknown: the module of one and the last part of another, or two last parts joined; no name is in
+    two splits. "unknown word" and "unknown letters" are for the test alone: a part of a name
+    replaced by a word of a sentence, or two neighbouring letters exchanged.
     """
     last_parts = [fact.name.rpartition(".")[2] for fact in facts]
     words = sorted({word for fact in facts for word in re.findall(r"[a-z]{4,}", fact.sentence)})
     made = set()
     for fact in facts:
         home, _, last = fact.name.rpartition(".")
-        i = rng.randrange(len(last)) if len(last) < 2 else rng.randrange(len(last) - 1)
+        i = rng.randrange(max(1, len(last) - 1))
         exchanged = last[:i] + last[i + 1 : i + 2] + last[i : i + 1] + last[i + 2 :]
-        for name, kind in (
-            (f"{home}.{rng.choice(last_parts)}", "unknown"),
-            (f"{home}.{last}{rng.choice(last_parts)}", "unknown"),
-            (f"{home}.{rng.choice(words)}", "unknown word"),
-            (f"{home}.{exchanged}", "unknown letters"),
-        ):
-            if name not in known and name not in made:
+        candidates = [
+            (f"{home}.{rng.choice(words)}", "unknown word", "test"),
+            (f"{home}.{exchanged}", "unknown letters", "test"),
+        ]
+        for split in (*["train"] * N_MADE_UP, "test", "val"):
+            candidates.append((f"{home}.{rng.choice(last_parts)}", "unknown", split))
+            candidates.append((f"{home}.{last}{rng.choice(last_parts)}", "unknown", split))
+        for name, kind, split in candidates:
+            is_sampled = split != "val" or rng.random() < VAL_SHARE
+            if is_sampled and name not in known and name not in made:
                 made.add(name)
-                yield name, kind
+                yield name, kind, split

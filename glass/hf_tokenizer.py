@@ -48,6 +48,7 @@ class HuggingFaceTokenizer(bpe.Tokenizer):
         byte_level = '"ByteLevel"' in json.dumps(self.saved["decoder"])
         metaspace = "▁" in json.dumps(self.saved["decoder"], ensure_ascii=False)
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        bpe.check_distinct(vocabulary)
         added = {token["content"] for token in self.saved["added_tokens"]}
         tokens = [b""] * (1 + max(vocabulary.values()))
         for text, i in vocabulary.items():

@@ -36,6 +36,7 @@ NEUTRAL = {
     "reasoning_effort": ["none"],
     "verbosity": [],
 }
+KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 ROLES = {name: name for name in ("system", "user", "assistant")} | {"developer": "system"}
 
 
@@ -82,7 +83,7 @@ class Fields:
         is_whole = type(value) is int and abs(value) < 2**1000  # larger ones are no float
         is_kind = type(value) is kind or (kind is float and is_whole)
         if not is_kind:
-            raise wrong(name, value, f"a {kind.__name__}")
+            raise wrong(name, value, KINDS[kind])
         if kind is str:
             check_text(name, value)
         too_low, too_high = low is not None and value < low, high is not None and value > high

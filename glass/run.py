@@ -15,6 +15,7 @@ A run trains a model at a task. train.py and finetune.py each bring a task. It h
 import json
 import math
 import os
+import secrets
 import shlex
 import signal
 from dataclasses import asdict, replace
@@ -63,6 +64,7 @@ def settle(given, Settings, script):
             f"the run in {out_dir} was made by {made_by}, not {script}: "
             f"python {made_by} --init_from=resume --out_dir={shlex.quote(out_dir)}"
         )
+    check_owner(state, out_dir)
     tunable, free = with_role(Settings, "tunable"), with_role(Settings, "free")
     changed = {name: value for name, value in given.items() if value != before.get(name)}
     for name in sorted(changed.keys() - tunable - free):
@@ -84,6 +86,16 @@ def settle(given, Settings, script):
     return Settings(**chosen), chosen, state
 
 
+def check_owner(state, folder):
+    """Raise ValueError for a checkpoint that another run made: one copied into the folder, say."""
+    own, found = run_config(folder).get("run_id"), state.get("run_id")
+    if own and found and own != found:
+        raise ValueError(
+            f"{state['path']} is of another run (run_id={found}, {folder}/config.json says {own}): "
+            "move it away"
+        )
+
+
 def resumed_config(state, settings):
     """The GPTConfig of a checkpoint's model, with the settings that this run may choose."""
     choosable = with_role(GPTConfig, "tunable") | with_role(GPTConfig, "free")
@@ -100,7 +112,7 @@ def claim_folder(settings, state):
     """
     wanted = folder = str(Path(settings.out_dir))
     may_reuse = state or settings.overwrite or settings.init_from == "auto"
-    if may_reuse and not state and holds_run(folder) and not is_ours(folder):
+    if may_reuse and not state and holds_run(folder) and not run_config(folder):
         raise ValueError(
             f"{folder} holds files but no config.json of a run, so they may be others': "
             "name another folder, or remove them"
@@ -128,12 +140,16 @@ def holds_run(folder):
     return has_files or bool(checkpoint.saved_steps(folder))
 
 
-def is_ours(folder):
-    """Whether the folder's config.json is that of a run, and not, say, of a published model."""
+def run_config(folder):
+    """The content of the folder's config.json, or {} if it is not that of a run.
+
+    It may be a published model's, or torn, or not there.
+    """
     try:
-        return "out_dir" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) and "out_dir" in config else {}
 
 
 class Run:
@@ -145,6 +161,7 @@ class Run:
         self.optimizers = make_optimizers(model, settings)
         dtype = choose_dtype(settings.dtype, model.device)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
+        self.id = secrets.token_hex(8)
         self.step = 0  # updates done
         self.best_val_loss, self.best_step = math.inf, None
         self.evaluated_step, self.evaluations_without_better = None, 0
@@ -160,6 +177,7 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():  # a disabled scaler saved nothing
             self.scaler.load_state_dict(state["scaler"])
         self.task.restore(self.model, state["task"])
+        self.id = state.get("run_id", self.id)
         self.step = self.saved_step = state["step"]
         self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
         self.evaluated_step = state["evaluated_step"]
@@ -180,6 +198,7 @@ class Run:
         state = self.weights_state() | {
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "run_id": self.id,
             "best_val_loss": self.best_val_loss,
             "best_step": self.best_step,
             "evaluated_step": self.evaluated_step,

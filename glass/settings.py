@@ -208,6 +208,8 @@ def check_type(name, value, hint):
     """
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
+            if sys.getfilesystemencoding() != "utf-8":
+                raise ValueError(f"{name}={text!r} cannot be read in this locale: set PYTHONUTF8=1")
             raise ValueError(f"{name}={text!r} is not UTF-8: type it again, or rename the file")
     for choice in choices_of(hint):
         if typing.get_origin(choice) is typing.Literal:

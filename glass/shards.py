@@ -121,7 +121,9 @@ def open_dataset(name):
     if not (folder / META).is_file():
         return open_foreign(name, folder)
     with reading(folder / META, f"run python prepare.py {name} again with --overwrite=True"):
-        return open_prepared(name, folder)
+        dataset = open_prepared(name, folder)
+    check_tokens(dataset.splits, dataset.meta["vocab_size"])
+    return dataset
 
 
 def open_prepared(name, folder):
@@ -142,7 +144,6 @@ def open_prepared(name, folder):
         if n_tokens and not 0 < about["bytes"] < math.inf:
             raise ValueError(f"{split} has {n_tokens:,} tokens of {about['bytes']} bytes")
         bytes_per_token[split] = about["bytes"] / max(1, n_tokens)
-    check_tokens(splits, meta["vocab_size"])
     tokenizer = bpe.load_tokenizer(meta["tokenizer"])
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise ValueError(

@@ -1,0 +1,16 @@
+# config/finetune_docs.py: what Python's library does, asked in many phrasings; the base is config/docs.py's
+task = "instruct"
+dataset = "docs"
+init_from = "out/docs"
+out_dir = "out/finetune_docs"
+
+batch_size = 16
+gradient_accumulation_steps = 4
+optimizer = "muon"
+muon_lr = 0.02
+learning_rate = 5e-3  # of the embedding, the norms and the head
+lr_shape = "linear"
+max_iters = 6000
+eval_interval = 1000
+log_interval = 50
+test_items = 4000
