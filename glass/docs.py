@@ -37,85 +37,186 @@ class Fact:
 # Questions: {} is a name, or what a thing does. The last N_TEST of each kind are for the test alone,
 # the one before them is for validation.
 N_TEST = 3
+
+
+def lines_of(text):
+    """The lines of a text, without the space around them, as a list."""
+    return [line.strip() for line in text.strip().splitlines()]
+
+
 QUESTIONS = {
-    "does": (
-        "What does {} do?",
-        "What is {} for?",
-        "Explain {}.",
-        "What is the purpose of {}?",
-        "Describe {} in one sentence.",
-        "Tell me what {} does.",
-        "{}: what is it?",
-        "What happens when I use {}?",
-        "I found {} in some code. What is it good for?",
-        "Can you tell me about {}?",
-        "Why would I use {}?",
-        "In short, what can {} do for me?",
-    ),
-    "arguments": (
-        "Which arguments does {} take?",
-        "What are the arguments of {}?",
-        "What is the signature of {}?",
-        "Show the parameters of {}.",
-        "How do I call {}?",
-        "Name the arguments of {}.",
-        "{}: which parameters?",
-        "What can be passed to {}?",
-        "What does a call of {} look like?",
-        "Which parameters does {} have?",
-        "What do I pass to {}?",
-        "Give me the signature of {}, please.",
-    ),
-    "module": (
-        "In which module is {}?",
-        "Which module has {}?",
-        "Where is {} defined?",
-        "What do I import to use {}?",
-        "From which module does {} come?",
-        "Name the module of {}.",
-        "{}: which module?",
-        "Which module must I import for {}?",
-        "Where do I find {}?",
-        "To which module does {} belong?",
-        "What is the module of {} called?",
-        "I want to use {}. What should I import?",
-    ),
-    "which": (
-        "Which name does this: {}",
-        "What is it called: {}",
-        "Find the name for this: {}",
-        "I am looking for this: {}",
-        "Name what fits this: {}",
-        "What has this description: {}",
-        "Which function, method or class is meant? {}",
-        "Whose documentation begins like this: {}",
-        "What should I use for this: {}",
-        "What in the standard library does this: {}",
-        "Is there anything for this? {}",
-        "Help me find this: {}",
-    ),
-    "exists": (
-        "Does {} exist?",
-        "Is there {} in the standard library?",
-        "Is {} a real name?",
-        "Does Python have {}?",
-        "Can I use {} in Python?",
-        "{}: does it exist?",
-        "Is {} part of Python?",
-        "Tell me whether {} exists.",
-        "Do you know {}?",
-        "Have you heard of {}?",
-        "Is {} something that Python comes with?",
-        "Is there really a {}?",
-    ),
+    "does": lines_of("""
+        What does {} do?
+        What is {} for?
+        Explain {}.
+        What is the purpose of {}?
+        Describe {} in one sentence.
+        Tell me what {} does.
+        {}: what is it?
+        What happens when I use {}?
+        What is {}?
+        What will {} do?
+        Say what {} is for.
+        Please explain {} to me.
+        I do not understand {}. What does it do?
+        What can I do with {}?
+        Could you describe {}?
+        What is the meaning of {}?
+        When is {} useful?
+        What does the documentation say about {}?
+        Give a short description of {}.
+        I would like to know what {} does.
+        Say in a few words what {} is.
+        {}, what does it do?
+        Define {}.
+        What job does {} have?
+        I found {} in some code. What is it good for?
+        Can you tell me about {}?
+        Why would I use {}?
+        In short, what can {} do for me?
+    """),
+    "arguments": lines_of("""
+        Which arguments does {} take?
+        What are the arguments of {}?
+        What is the signature of {}?
+        Show the parameters of {}.
+        How do I call {}?
+        Name the arguments of {}.
+        {}: which parameters?
+        What can be passed to {}?
+        How is {} called?
+        List the arguments of {}.
+        Which arguments can {} have?
+        What does {} take as arguments?
+        Please show the signature of {}.
+        {}, which arguments?
+        Write down the parameters of {}.
+        Which values do I give to {}?
+        With which arguments is {} called?
+        What does {} accept?
+        Tell me the arguments of {}.
+        How must I call {}?
+        What goes into the brackets of {}?
+        I want to call {}. With what?
+        What should be passed to {}?
+        What parameters are there in {}?
+        What does a call of {} look like?
+        Which parameters does {} have?
+        What do I pass to {}?
+        Give me the signature of {}, please.
+    """),
+    "module": lines_of("""
+        In which module is {}?
+        Which module has {}?
+        Where is {} defined?
+        What do I import to use {}?
+        From which module does {} come?
+        Name the module of {}.
+        {}: which module?
+        Which module must I import for {}?
+        Which module contains {}?
+        Where does {} live?
+        Where does {} come from?
+        What must be imported for {}?
+        {}, in which module?
+        Tell me the module of {}.
+        In what module can I find {}?
+        Which import gives me {}?
+        What is the home of {}?
+        Where in the standard library is {}?
+        Which part of the standard library has {}?
+        Please name the module that has {}.
+        I need {}. Which module has it?
+        What module is {} in?
+        Who provides {}?
+        From where can I import {}?
+        Where do I find {}?
+        To which module does {} belong?
+        What is the module of {} called?
+        I want to use {}. What should I import?
+    """),
+    "which": lines_of("""
+        Which name does this: {}
+        What is it called: {}
+        Find the name for this: {}
+        I am looking for this: {}
+        Name what fits this: {}
+        What has this description: {}
+        Which function, method or class is meant? {}
+        Whose documentation begins like this: {}
+        What does this: {}
+        I need this: {}
+        Which name fits: {}
+        Search for this: {}
+        Name it: {}
+        What is the name? {}
+        This is what I want: {}
+        Which thing of Python is this? {}
+        What do I need for this: {}
+        Guess the name: {}
+        Tell me the name of this: {}
+        What could I call for this? {}
+        How is this called: {}
+        What was the name of this again: {}
+        Look this up: {}
+        Which one is it? {}
+        What should I use for this: {}
+        What in the standard library does this: {}
+        Is there anything for this? {}
+        Help me find this: {}
+    """),
+    "exists": lines_of("""
+        Does {} exist?
+        Is there {} in the standard library?
+        Is {} a real name?
+        Does Python have {}?
+        Can I use {} in Python?
+        {}: does it exist?
+        Is {} part of Python?
+        Tell me whether {} exists.
+        Is there {}?
+        Is {} there?
+        Does the standard library have {}?
+        Is {} in the library?
+        Does Python know {}?
+        Could {} be a real name?
+        I think there is {}. Is that true?
+        Is {} available?
+        {}, is that real?
+        Has Python got {}?
+        Is it true that {} exists?
+        Would Python find {}?
+        Can {} be imported?
+        Say whether there is {}.
+        Am I right that {} exists?
+        Is {} included in Python?
+        Do you know {}?
+        Have you heard of {}?
+        Is {} something that Python comes with?
+        Is there really {}?
+    """),
 }
 # of the training phrasings of each kind, how many are asked about one thing: the harder, the more
-ASKED = {"does": 8, "arguments": 6, "module": 4, "which": 6, "exists": 2}
+ASKED = {"does": 8, "arguments": 7, "module": 6, "which": 5, "exists": 4}
+TYPED_SHARE = 0.3  # of training questions as people type them: small letters, nothing at the end
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
-N_MADE_UP = 2  # for training, of each thing and each of two ways to make them
 VAL_SHARE = 0.2  # of what could be asked for validation
-FOLLOW_UPS = ("And its arguments?", "Which arguments does it take?", "How do I call it?")
-FOLLOW_UP_TEST = "What do I pass to it?"
+# about what the question before named; the last N_TEST are for the test alone
+FOLLOW_UPS = lines_of("""
+    And its arguments?
+    Which arguments does it take?
+    How do I call it?
+    What are its parameters?
+    And the signature?
+    Show its arguments.
+    With which arguments?
+    What can be passed to it?
+    How is it called?
+    Now the arguments, please.
+    What do I pass to it?
+    And what does it take?
+    Which parameters has it got?
+""")
 
 
 def read_facts():
@@ -298,8 +399,10 @@ def docs_records(objects=N_OBJECTS, seed=1337):
         if fits(fact.arguments):
             yield from conversations(fact, rng)
     for name, kind, split in made_up_names(facts, {fact.name for fact in every}, rng):
-        question = rng.choice(phrasings(rng.choice(UNKNOWN_ASKED), split)).format(name)
-        yield row(kind, question, f"I do not know {name}.", split)
+        phrasing = rng.choice(phrasings(rng.choice(UNKNOWN_ASKED), split))
+        if split == "train":
+            phrasing = typed(phrasing, rng)
+        yield row(kind, phrasing.format(name), f"I do not know {name}.", split)
 
 
 def answers_of(fact):
@@ -344,12 +447,19 @@ def row(kind, question, answer, split):
     return {"kind": kind, "instruction": question, "output": answer, "split": split}
 
 
+def typed(phrasing, rng):
+    """A phrasing as it stands or, now and then, as people type it."""
+    if phrasing.startswith("{}") or rng.random() > TYPED_SHARE:
+        return phrasing
+    return phrasing[0].lower() + phrasing[1:].rstrip("?.")
+
+
 def phrased(kind, asked, answer, rng):
     """Yield the rows of a question: in some phrasings for training, in each for the test."""
     for split in ("train", "val", "test"):
         chosen = phrasings(kind, split)
         if split == "train":
-            chosen = rng.sample(chosen, ASKED[kind])
+            chosen = [typed(phrasing, rng) for phrasing in rng.sample(chosen, ASKED[kind])]
         elif split == "val" and rng.random() > VAL_SHARE:
             continue
         for phrasing in chosen:
@@ -358,7 +468,11 @@ def phrased(kind, asked, answer, rng):
 
 def conversations(fact, rng):
     """Yield conversations of two turns, the second about the arguments of what the first named."""
-    for split, follow_ups in (("train", FOLLOW_UPS), ("test", (FOLLOW_UP_TEST,))):
+    for split, follow_ups in (
+        ("train", FOLLOW_UPS[:-N_TEST]),
+        ("train", FOLLOW_UPS[:-N_TEST]),
+        ("test", FOLLOW_UPS[-N_TEST:]),
+    ):
         said = (
             ("user", rng.choice(phrasings("does", split)).format(fact.name)),
             ("assistant", fact.sentence),
@@ -372,9 +486,9 @@ def conversations(fact, rng):
 def made_up_names(facts, known, rng):
     """Yield (name, kind, split) of names that do not exist, made from real ones.
 
-    unknown: the module of one and the last part of another, or two last parts joined; no name is in
-    two splits. "unknown word" and "unknown letters" are for the test alone: a part of a name
-    replaced by a word of a sentence, or two neighbouring letters exchanged.
+    unknown: the module of one and the last part of another, two last parts joined, a letter left out
+    or doubled; no name is in two splits. "unknown word" and "unknown letters" are for the test
+    alone: the last part replaced by a word of a sentence, or two neighbouring letters exchanged.
     """
     last_parts = [fact.name.rpartition(".")[2] for fact in facts]
     words = sorted({word for fact in facts for word in re.findall(r"[a-z]{4,}", fact.sentence)})
@@ -382,16 +496,21 @@ def made_up_names(facts, known, rng):
     for fact in facts:
         home, _, last = fact.name.rpartition(".")
         i = rng.randrange(max(1, len(last) - 1))
-        exchanged = last[:i] + last[i + 1 : i + 2] + last[i : i + 1] + last[i + 2 :]
-        candidates = [
-            (f"{home}.{rng.choice(words)}", "unknown word", "test"),
-            (f"{home}.{exchanged}", "unknown letters", "test"),
-        ]
-        for split in (*["train"] * N_MADE_UP, "test", "val"):
-            candidates.append((f"{home}.{rng.choice(last_parts)}", "unknown", split))
-            candidates.append((f"{home}.{last}{rng.choice(last_parts)}", "unknown", split))
-        for name, kind, split in candidates:
-            is_sampled = split != "val" or rng.random() < VAL_SHARE
-            if is_sampled and name not in known and name not in made:
+        begin, here, after, rest = last[:i], last[i : i + 1], last[i + 1 : i + 2], last[i + 2 :]
+        candidates = [(rng.choice(words), "unknown word", "test")]
+        candidates.append((begin + after + here + rest, "unknown letters", "test"))
+        for split, share in (("train", 1), ("test", 0.5), ("val", VAL_SHARE / 2)):
+            for last_part in (
+                rng.choice(last_parts),
+                last + rng.choice(last_parts),
+                f"{last}_{rng.choice(last_parts)}",
+                begin + after + rest,
+                begin + here + here + after + rest,
+            ):
+                if rng.random() < share:
+                    candidates.append((last_part, "unknown", split))
+        for last_part, kind, split in candidates:
+            name = f"{home}.{last_part}"
+            if last_part and name not in known and name not in made:
                 made.add(name)
                 yield name, kind, split

@@ -251,6 +251,46 @@ rounding_errors = 0.02, 0.2
 check("8.4", rounding_errors)
 
 
+# %% tags=["9.1"]
+def read_tensor(data, name):
+    (n_header,) = struct.unpack("<Q", data[:8])
+    about = json.loads(data[8 : 8 + n_header])[name]
+    begin, end = about["data_offsets"]
+    numbers = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.float32)
+    return numbers.view(about["shape"])
+
+
+check("9.1", read_tensor)
+
+
+# %% tags=["9.2"]
+our_shapes = (C, C), (C, C), (C, 4 * C), (V, C)
+
+check("9.2", our_shapes)
+
+
+# %% tags=["9.3"]
+def split_qkv(c_attn):
+    return c_attn.chunk(3, dim=1)
+
+
+check("9.3", split_qkv)
+
+
+# %% tags=["9.4"]
+silent = ["attn.c_proj", "mlp.c_proj"]
+
+check("9.4", silent)
+
+
+# %% tags=["9.5"]
+def to_halves(weight, n_head):
+    return torch.cat([weight[0::2], weight[1::2]])
+
+
+check("9.5", to_halves)
+
+
 # %% tags=["10.1"]
 chosen = 0, 2
 

@@ -276,6 +276,47 @@ rounding_errors = 2.54 / 127 / 2, 25.4 / 127 / 2
 check("8.4", rounding_errors)
 
 
+# %% tags=["9.1"]
+def read_tensor(data, name):
+    (n_header,) = struct.unpack("<Q", data[:8])
+    about = json.loads(data[8 : 8 + n_header])[name]
+    begin, end = about["data_offsets"]
+    part = data[8 + n_header + begin : 8 + n_header + end]
+    return torch.frombuffer(bytearray(part), dtype=torch.float32).view(about["shape"])
+
+
+check("9.1", read_tensor)
+
+
+# %% tags=["9.2"]
+our_shapes = (C, C), (C, C), (4 * C, C), (V, C)
+
+check("9.2", our_shapes)
+
+
+# %% tags=["9.3"]
+def split_qkv(c_attn):
+    return [part.T for part in c_attn.chunk(3, dim=1)]
+
+
+check("9.3", split_qkv)
+
+
+# %% tags=["9.4"]
+silent = ["attn.c_proj"]
+
+check("9.4", silent)
+
+
+# %% tags=["9.5"]
+def to_halves(weight, n_head):
+    pairs = weight.view(n_head, -1, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+check("9.5", to_halves)
+
+
 # %% tags=["10.1"]
 chosen = 0, 1
 
