@@ -264,7 +264,14 @@ def count_answer_tokens(examples):
 
 
 class Instruct(Stage):
-    """Answers to instructions: the mean loss of the answers' tokens, their end included."""
+    """Answers to instructions: the mean loss of the answers' tokens, their end included.
+
+    Where answers are compared, an evaluation also finds how sure the model is of the right ones:
+    SURE_SHARE of them have a mean log-probability above `sure_above`. A chat doubts those below.
+    """
+
+    SURE_SHARE = 0.98
+    sure_above = None
 
     def encode(self, rows, split):
         examples = []
@@ -286,6 +293,14 @@ class Instruct(Stage):
         if wanted == "auto":
             return "kind" in self.examples["train"][0].row
         return wanted
+
+    def state(self):
+        sureness = {"compares_answers": self.compares_answers, "sure_above": self.sure_above}
+        return super().state() | sureness
+
+    def restore(self, model, saved):
+        super().restore(model, saved)
+        self.sure_above = saved.get("sure_above")
 
     def loss(self, model, examples, step_examples, step):
         logprobs, _ = answer_logprobs(model, examples)
@@ -310,10 +325,21 @@ class Instruct(Stage):
         return encode_chat(self.tokenizer, messages, self.template, reply=True)[0]
 
     def answers(self, model, examples):
-        """The model's greedy answers, as text."""
+        """The model's greedy answers, as Answered."""
         prompts = [self.prompt(example.row) for example in examples]
         answers = answer(model, prompts, self.stop, self.settings.answer_tokens, temperature=0)
-        return [self.text_of(ids) for ids in answers]
+        return [
+            Answered(prompt + ids, [False] * len(prompt) + [True] * len(ids), example.row)
+            for prompt, ids, example in zip(prompts, answers, examples, strict=True)
+        ]
+
+    def texts(self, model, examples):
+        """The model's greedy answers, as text."""
+        return [self.answer_text(answered) for answered in self.answers(model, examples)]
+
+    def answer_text(self, answered):
+        """What the assistant says last, as text."""
+        return self.text_of(answered.ids[len(self.prompt(answered.row)) :])
 
     def text_of(self, ids):
         """The text of an answer's ids, without the one that ends it."""
@@ -324,17 +350,42 @@ class Instruct(Stage):
         return messages_of(row, self.template)[-1]["content"]
 
     def right_answers(self, model, examples):
-        """Whether each greedy answer equals the row's reference answer, space around it aside."""
+        """(answers, is_right): the model's greedy answers, as Answered, and which of them are right.
+
+        A right one equals the row's reference answer, space around it aside.
+        """
         answers = self.answers(model, examples)
-        own = [self.reference_answer(example.row) for example in examples]
-        return [given.strip() == wanted.strip() for given, wanted in zip(answers, own, strict=True)]
+        is_right = [
+            self.answer_text(answered).strip() == self.reference_answer(answered.row).strip()
+            for answered in answers
+        ]
+        return answers, is_right
+
+    @torch.no_grad()
+    def sureness(self, model, answers):
+        """The mean log-probability of the tokens of each answer: (answers,)."""
+        model.eval()
+        means, T = [], model.config.block_size  # of a long answer, the last T tokens count
+        for first in range(0, len(answers), 64):
+            batch = [
+                Answered(ids[-T:], is_answer[-T:], row)
+                for ids, is_answer, row in answers[first : first + 64]
+            ]
+            logprobs, is_scored = answer_logprobs(model, batch)  # (b, T - 1)
+            means.append((logprobs.sum(1) / is_scored.sum(1).clamp(min=1)).cpu())
+        model.train()
+        return torch.cat(means)
 
     def evaluate(self, model, context, processes, n_rows=None):
         figures = {"val_loss": self.answer_loss(model, self.val_examples(n_rows), context)}
         if self.compares_answers and n_rows is None:
             chosen = spread(self.examples["val"], self.settings.eval_answers)
-            right = self.right_answers(model, chosen)
-            figures["val_exact_match"] = sum(right) / len(right)
+            answers, is_right = self.right_answers(model, chosen)
+            figures["val_exact_match"] = sum(is_right) / len(is_right)
+            right = torch.tensor(is_right)
+            if right.any():
+                sureness = self.sureness(model, answers)[right]
+                self.sure_above = sureness.quantile(1 - self.SURE_SHARE).item()
         return figures
 
     def test(self, model, context, folder=None):
@@ -342,7 +393,7 @@ class Instruct(Stage):
         examples = spread(self.examples["test"], self.settings.test_items)
         figures = {"answer_loss": self.answer_loss(model, examples, context)}
         if self.compares_answers:
-            right = self.right_answers(model, examples)
+            _, right = self.right_answers(model, examples)
             figures["exact_match"] = sum(right) / max(1, len(right))
             by_kind = {}
             for example, is_right in zip(examples, right, strict=True):
@@ -358,7 +409,7 @@ class Instruct(Stage):
 
     def sample_answers(self, model, examples):
         lines = []
-        for example, text in zip(examples, self.answers(model, examples), strict=True):
+        for example, text in zip(examples, self.texts(model, examples), strict=True):
             question = messages_of(example.row, "markers")[-2]["content"]
             lines.append(f"> {question}\n{text}")
         return "\n".join(lines) + "\n"
@@ -376,6 +427,8 @@ class Prefer(Instruct):
     An answer's gain is its log-probability, summed over its tokens, minus that under the reference
     model, which is the model before training. Source: arXiv:2305.18290.
     """
+
+    compares_answers = False
 
     def encode(self, rows, split):
         pairs = []
@@ -656,7 +709,7 @@ class Reinforce(Instruct):
         """The mean reward of greedy answers; val_loss is its negative, so that lower is better."""
         n = self.settings.eval_answers if n_rows is None else n_rows
         examples = spread(self.examples["val"], n)
-        answers = self.answers(model, examples)
+        answers = self.texts(model, examples)
         rewards = [self.reward_of(e.row, text) for e, text in zip(examples, answers, strict=True)]
         mean = sum(rewards) / len(rewards)
         return {"val_loss": -mean, "val_reward": mean}

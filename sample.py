@@ -36,6 +36,7 @@ class Settings(Drawing, ModelSettings):
     show_probs: bool = False  # each token with its probability and the runners-up
     show_lens: bool = False  # what would come next after each part of the model, and stop
     show_attention: str | None = None  # draw every head's attention to this .png file, and stop
+    temperature: float | None = None  # None: 0.8; 0 in a chat that was tuned on exact answers
     # text
     export: str | None = None  # write model and tokenizer to this folder for transformers, and stop
     classify: str | None = None  # a text whose class to name (finetune.py --task=classify)
@@ -156,7 +157,8 @@ def look_inside(settings, loaded):
 
 
 HELP = """/reset  forget the conversation        /temp 0.7  another temperature
-/save FILE  write it as JSON           /help  this list        /quit, or Ctrl-D"""
+/save FILE  write it as JSON           /sure  how sure the model is of each reply, on or off
+/help  this list                       /quit, or Ctrl-D"""
 
 
 class Chat:
@@ -171,6 +173,7 @@ class Chat:
         self.options = drawing(settings, loaded)
         self.beginning = [{"role": "system", "content": settings.system}] if settings.system else []
         self.messages = list(self.beginning)
+        self.shows_sureness = False
         block_size = loaded.model.config.block_size
         self.room = max(1, block_size - min(settings.max_new_tokens, block_size // 2))
 
@@ -206,6 +209,8 @@ class Chat:
             self.set_temperature(argument)
         elif name == "/save":
             self.save(Path(argument or "chat.json"))
+        elif name == "/sure":
+            self.shows_sureness = not self.shows_sureness
         else:
             print(HELP)
 
@@ -246,9 +251,12 @@ class Chat:
         self.messages.append({"role": "user", "content": line})
         idx = torch.tensor([self.prompt()], device=loaded.model.device)
         stops = [*s.stop, *TEMPLATE_STOPS.get(self.template, [])]
-        text_stream, reply = TextStream(loaded.tokenizer, stops), ""
+        text_stream, reply, logprobs = TextStream(loaded.tokenizer, stops), "", []
         with contextlib.suppress(KeyboardInterrupt):
-            for new in stream(loaded.model, idx, s.max_new_tokens, **self.options):
+            for new, logprob in stream(
+                loaded.model, idx, s.max_new_tokens, logprobs=True, **self.options
+            ):
+                logprobs.append(logprob[0, int(new)].item())
                 if int(new) in loaded.ends:
                     break
                 text = text_stream.add(int(new))
@@ -259,6 +267,19 @@ class Chat:
         rest = text_stream.rest()
         print(rest)
         self.messages.append({"role": "assistant", "content": reply + rest})
+        self.say_sureness(sum(logprobs) / max(1, len(logprobs)))
+
+    def say_sureness(self, mean):
+        """Say how sure the model was of its reply, if asked, or if that is less than usual.
+
+        mean: the mean log-probability of the reply's tokens. finetune.py finds on the validation
+        rows what is usual.
+        """
+        least = self.loaded.sure_above
+        if least is not None and mean < least:
+            print(f"(not sure: mean log-probability {mean:.3f}; right answers lie above {least:.3f})")
+        elif self.shows_sureness:
+            print(f"(mean log-probability {mean:.3f})")
 
 
 def main(argv):
@@ -269,6 +290,9 @@ def main(argv):
         raise ValueError(
             f"quantize={settings.quantize} does nothing to an export: leave one of them out"
         )
+    if settings.temperature is None:
+        is_exact = settings.chat and loaded.answers_exactly
+        settings = replace(settings, temperature=0.0 if is_exact else Drawing.temperature)
     if settings.export:
         loaded.model.save_pretrained(settings.export, loaded.tokenizer)
         print(f"{settings.export} is a folder that transformers loads")

@@ -2885,6 +2885,40 @@ def test_a_tuned_model_chats_in_the_template_it_was_tuned_on(long_base, capsys, 
     assert [sample.load_model(s).chat_template for s in settings] == [None, "markers", None]
 
 
+def test_a_chat_on_facts_is_greedy_and_says_where_it_is_not_sure(long_base, capsys, monkeypatch):
+    rows = [
+        {"instruction": f"to {a}{b}", "output": "be", "kind": "b"}
+        for a in "abcdef"
+        for b in "abcdefgh"
+    ]
+    Path("orders.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, err = tune("instruct", capsys, "--max_iters=60", "--learning_rate=0.01")
+    assert status == 0, err
+    loaded = sample.load_model(sample.Settings(out_dir="out/tuned"))
+    assert loaded.answers_exactly and -5 < loaded.sure_above < 0
+
+    def said(*lines):
+        waiting = iter([*lines, "/quit"])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(waiting))
+        return run_main(sample.main, ["--chat", "--out_dir=out/tuned"], capsys)[1:]
+
+    out, err = said("to ab", "/sure", "/reset", "to ab")
+    assert "temperature 0.0;" in err
+    shown = float(re.search(r"mean log-probability (-?[0-9.]+)", out)[1])
+    ids, _ = chat.encode_chat(loaded.tokenizer, [{"role": "user", "content": "to ab"}], reply=True)
+    reply = generate.answer(loaded.model, [ids], loaded.ends, 64, temperature=0)[0]
+    with torch.no_grad():
+        logprobs = loaded.model(torch.tensor([ids + reply[:-1]]))[0][0].log_softmax(-1)
+    came = logprobs[len(ids) - 1 :].gather(1, torch.tensor(reply)[:, None])
+    assert shown == pytest.approx(came.mean().item(), abs=1e-3)
+    state = checkpoint.load("out/tuned", "best")
+    for threshold, doubts in ((1.0, True), (-99.0, False)):
+        state["task"]["sure_above"] = threshold
+        state.pop("path", None)
+        checkpoint.write(Path("out/tuned/best.pt"), state)
+        assert ("(not sure: mean log-probability" in said("to ab")[0]) == doubts
+
+
 # ------------------------------------------------------------------------------------------------ evaluate.py
 
 

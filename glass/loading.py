@@ -89,6 +89,16 @@ class Loaded:
         tuned_on = self.state["task"].get("template")
         return template if tuned_on == "auto" else tuned_on
 
+    @property
+    def answers_exactly(self):
+        """Whether the model was tuned on answers of which one alone is right."""
+        return bool(self.state and self.state["task"].get("compares_answers"))
+
+    @property
+    def sure_above(self):
+        """The mean log-probability above which nearly all of its right answers lie, or None."""
+        return self.state and self.state["task"].get("sure_above")
+
 
 def load_model(settings, dtype=None):
     """The Loaded model of a run or of published weights; dtype overrides that of the settings."""
