@@ -20,6 +20,7 @@ PROGRAMS = {  # the name of a file in bench/, and what it measures
     "tokenizers": "training and encoding, beside tokenizers, rustbpe and tiktoken",
     "prepare": "prepare.py with several workers, beside tiktoken on one thread",
     "faults": "kill -9 at random moments, resume, and compare the weights to the bit",
+    "docs": "what a model tuned on docs knows, and refuses; beside TF-IDF",
     "fuzz": "wrong settings and damaged files: does each command end well, or say what is wrong",
 }
 

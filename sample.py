@@ -277,7 +277,9 @@ class Chat:
         """
         least = self.loaded.sure_above
         if least is not None and mean < least:
-            print(f"(not sure: mean log-probability {mean:.3f}; right answers lie above {least:.3f})")
+            print(
+                f"(not sure: mean log-probability {mean:.3f}; right answers lie above {least:.3f})"
+            )
         elif self.shows_sureness:
             print(f"(mean log-probability {mean:.3f})")
 

@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
@@ -42,19 +43,41 @@ SOURCES_OF = {  # of a view: the functions that make its numbers
 
 
 class Faq:
-    """Questions with answers from a file, found again by TF-IDF over words."""
+    """Questions with answers from a file, found again by TF-IDF over words.
+
+    A row has question and answer, or instruction and output, as data for finetune.py has.
+    """
 
     def __init__(self, path):
-        rows = list(sources.read_table(path))
-        for where, row in rows:
+        self.rows = []
+        for where, row in sources.read_table(path):
+            if "instruction" in row:
+                sources.check_keys(where, row, ("instruction", "output"))
+                row = {"question": row["instruction"], "answer": row["output"]}
+            elif "messages" in row:  # a conversation, whose answers depend on what went before
+                continue
             sources.check_keys(where, row, ("question", "answer"))
-        if not rows:
+            self.rows.append(row)
+        if not self.rows:
             raise ValueError(f"faq={path} holds no question: add rows with question and answer")
-        self.rows = [row for _, row in rows]
-        words = [Counter(self.words(row["question"])) for row in self.rows]
-        n_rows_with = Counter(word for counts in words for word in counts)
-        self.weight = {w: math.log((1 + len(rows)) / (1 + n)) + 1 for w, n in n_rows_with.items()}
-        self.vectors = [self.vector(counts) for counts in words]
+        counts = [Counter(self.words(row["question"])) for row in self.rows]
+        n_rows_with = Counter(word for words in counts for word in words)
+        n_rows = len(self.rows)
+        self.weight = {w: math.log((1 + n_rows) / (1 + n)) + 1 for w, n in n_rows_with.items()}
+        found = {word: ([], []) for word in n_rows_with}
+        for row, words in enumerate(counts):
+            for word, value in self.vector(words).items():
+                found[word][0].append(row)
+                found[word][1].append(value)
+        self.places = {  # of each word: the rows that hold it, and its value in them
+            word: (np.array(rows, np.int32), np.array(values, np.float32))
+            for word, (rows, values) in found.items()
+        }
+
+    @property
+    def nbytes(self):
+        """The bytes of the table."""
+        return sum(rows.nbytes + values.nbytes for rows, values in self.places.values())
 
     @staticmethod
     def words(text):
@@ -68,13 +91,13 @@ class Faq:
 
     def find(self, question):
         """(score, row): the row whose question is most like this one, by cosine, 0 to 1."""
-        asked = self.vector(Counter(self.words(question)))
-        scores = [
-            sum(value * vector.get(word, 0.0) for word, value in asked.items())
-            for vector in self.vectors
-        ]
-        best = max(range(len(scores)), key=scores.__getitem__)
-        return scores[best], self.rows[best]
+        scores = np.zeros(len(self.rows), np.float32)
+        for word, value in self.vector(Counter(self.words(question))).items():
+            if word in self.places:
+                rows, values = self.places[word]
+                scores[rows] += np.float32(value) * values
+        best = int(scores.argmax())
+        return float(scores[best]), self.rows[best]
 
 
 class Page:
