@@ -6967,7 +6967,8 @@ def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(m
             name = max((name for name in facts if name in row["instruction"]), key=len)
             asked = row["instruction"].replace(name, "{}").lower().rstrip("?.")
             phrasings[row["split"]].add(asked)
-    assert [len(phrasings[split]) for split in ("train", "val", "test")] == [24, 1, 3]
+    assert [len(phrasings[split]) for split in ("val", "test")] == [1, 3]
+    assert len(phrasings["train"]) > 30
     assert not phrasings["train"] & phrasings["test"]
 
 

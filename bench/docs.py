@@ -19,6 +19,7 @@ import torch
 
 import finetune
 from glass import weights
+from glass.chat import encode_chat, messages_of, stop_ids
 from glass.files import replacing
 from glass.page import Faq
 from glass.records import spread
@@ -50,9 +51,9 @@ class Run:
         self.model.eval()
         self.stage = finetune.Instruct.__new__(finetune.Instruct)  # no rows to train on
         self.stage.tokenizer, self.stage.template = self.tokenizer, state["task"]["template"]
-        self.stage.stop = finetune.stop_ids(self.tokenizer)
+        self.stage.stop = stop_ids(self.tokenizer)
         self.stage.settings = finetune.Settings(answer_tokens=64)
-        self.sure_above = state["task"]["sure_above"]
+        self.sure_above = state["task"].get("sure_above") or -math.inf
 
     def ask(self, rows):
         """(texts, mean log-probabilities) of the greedy answers to rows."""
@@ -69,8 +70,8 @@ class Run:
         for first in range(0, len(rows), 64):
             batch = []
             for row in rows[first : first + 64]:
-                messages = finetune.messages_of(row, self.stage.template)
-                ids, is_answer = finetune.encode_chat(self.tokenizer, messages, self.stage.template)
+                messages = messages_of(row, self.stage.template)
+                ids, is_answer = encode_chat(self.tokenizer, messages, self.stage.template)
                 batch.append(Answered(ids, is_answer, row))
             logprobs, _ = answer_logprobs(self.model, batch)
             found.append(-logprobs.sum(1) / math.log(2))
@@ -83,7 +84,7 @@ def read_rows(dataset, split):
 
 
 def reference(row):
-    return finetune.messages_of(row, "markers")[-1]["content"]
+    return messages_of(row, "markers")[-1]["content"]
 
 
 def by_kind(rows, is_right):

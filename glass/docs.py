@@ -74,6 +74,21 @@ QUESTIONS = {
         Can you tell me about {}?
         Why would I use {}?
         In short, what can {} do for me?
+        How would you explain {}?
+        Summarise {}.
+        What is {} good for?
+        What is the use of {}?
+        I saw {}. What is that?
+        What does calling {} do?
+        What is the idea of {}?
+        Can {} help me? What does it do?
+        Remind me what {} does.
+        Tell me about {}.
+        Describe {}.
+        Which task does {} solve?
+        Give me the gist of {}.
+        What does one use {} for?
+        {} - what does that do?
     """),
     "arguments": lines_of("""
         Which arguments does {} take?
@@ -104,6 +119,21 @@ QUESTIONS = {
         Which parameters does {} have?
         What do I pass to {}?
         Give me the signature of {}, please.
+        What can I give to {}?
+        How many arguments does {} have, and which?
+        Show me how {} is called.
+        Which inputs does {} want?
+        What do the arguments of {} look like?
+        I forgot the arguments of {}.
+        What must I hand to {}?
+        Does {} take arguments? Which?
+        Please list what {} takes.
+        What do I need to call {}?
+        Which options does {} have?
+        Could you show what {} takes?
+        What arguments should I give {}?
+        Can you list the parameters of {}?
+        What does the signature of {} look like?
     """),
     "module": lines_of("""
         In which module is {}?
@@ -134,6 +164,21 @@ QUESTIONS = {
         To which module does {} belong?
         What is the module of {} called?
         I want to use {}. What should I import?
+        Which module do I need for {}?
+        Where is {} kept?
+        Where in Python is {}?
+        What should I import to get {}?
+        What has {} in it?
+        {} belongs to which module?
+        Where should I look for {}?
+        Which library module offers {}?
+        Tell me where {} is.
+        Which module defines {}?
+        How do I import {}?
+        Which module gives me {}?
+        Which module is home to {}?
+        What module should I import for {}?
+        Where can I import {} from?
     """),
     "which": lines_of("""
         Which name does this: {}
@@ -164,6 +209,21 @@ QUESTIONS = {
         What in the standard library does this: {}
         Is there anything for this? {}
         Help me find this: {}
+        Something for this: {}
+        What can do this: {}
+        Which name has this description: {}
+        Is there a name for this: {}
+        Find this: {}
+        How do I do this: {}
+        Who does this: {}
+        Give me the name for this: {}
+        I want this: {}
+        What would do this: {}
+        What is meant by this: {}
+        What is this thing called: {}
+        What do you call this: {}
+        I forgot the name of this: {}
+        Which part of the library does this: {}
     """),
     "exists": lines_of("""
         Does {} exist?
@@ -194,11 +254,35 @@ QUESTIONS = {
         Have you heard of {}?
         Is {} something that Python comes with?
         Is there really {}?
+        Did someone write {}?
+        Have you seen {} before?
+        Do I have {} in Python?
+        Is there a thing named {}?
+        Would {} work?
+        Do we have {}?
+        Are you sure there is {}?
+        Can I call {}?
+        Is {} known?
+        Is the name {} right?
+        Will I find {} in Python?
+        Is there such a thing as {}?
+        Does anything like {} exist?
+        Is {} something I can use?
+        Is {} in Python's library?
     """),
 }
 # of the training phrasings of each kind, how many are asked about one thing: the harder, the more
 ASKED = {"does": 8, "arguments": 7, "module": 6, "which": 5, "exists": 4}
 TYPED_SHARE = 0.3  # of training questions as people type them: small letters, nothing at the end
+POLITE = (
+    "Hello. ...",
+    "Please: ...",
+    "A question: ...",
+    "... Thanks.",
+    "Tell me, ...",
+    "Well, ...",
+)
+POLITE_SHARE = 0.15
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
 VAL_SHARE = 0.2  # of what could be asked for validation
 # about what the question before named; the last N_TEST are for the test alone
@@ -216,6 +300,13 @@ FOLLOW_UPS = lines_of("""
     What do I pass to it?
     And what does it take?
     Which parameters has it got?
+    What arguments does it have?
+    How must I call it?
+    Which arguments can I give?
+    Its signature, please.
+    What are the arguments?
+    Which parameters does that have?
+    And how would I call that?
 """)
 
 
@@ -449,9 +540,11 @@ def row(kind, question, answer, split):
 
 def typed(phrasing, rng):
     """A phrasing as it stands or, now and then, as people type it."""
-    if phrasing.startswith("{}") or rng.random() > TYPED_SHARE:
-        return phrasing
-    return phrasing[0].lower() + phrasing[1:].rstrip("?.")
+    if rng.random() < TYPED_SHARE and not phrasing.startswith("{}"):
+        phrasing = phrasing[0].lower() + phrasing[1:].rstrip("?.")
+    if rng.random() < POLITE_SHARE:
+        phrasing = rng.choice(POLITE).replace("...", phrasing)
+    return phrasing
 
 
 def phrased(kind, asked, answer, rng):
