@@ -1,4 +1,4 @@
-# config/docs.py: the documentation that every Python carries, in byte pairs, 4.2M parameters; for config/finetune_docs.py
+# config/docs.py: the documentation that every Python carries, in byte pairs, 4.2M parameters; for finetune_docs.py
 dataset = "pydoc_bpe"
 out_dir = "out/docs"
 
