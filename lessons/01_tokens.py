@@ -317,7 +317,8 @@ picture("01_languages")
 #
 # **Exercise 1.5** Write your name (or any other) in four scripts that are not Latin, such as Cyrillic, Greek,
 # Arabic, Devanagari, Hangul or Han, and say how many tokens `tokenizer` makes of each. Count first, with
-# exercise 1.2 in mind, and only then ask `tokenizer.encode`. No spaces, no Latin letters.
+# exercise 1.2 in mind, and only then ask `tokenizer.encode`. No spaces, no Latin letters. (If your keyboard has only
+# one script, copy these: Анна, Άννα, 안나, अन्ना.)
 
 # %% tags=["1.5"]
 names = None  # {"first spelling": number of tokens, ...}, four scripts

@@ -63,9 +63,9 @@ for t in range(T):
     print(repr(tokenizer.decode(context.tolist())), "->", repr(tokenizer.decode([target.item()])))
 
 # %% [markdown]
-# A long text gives many windows. The **stride** is the step from the start of a window to the start of the
-# next. With a stride of T every token is a target once. With a smaller stride windows overlap, and tokens are
-# used repeatedly.
+# A long text gives many windows. The **stride** is the step from the start of a window to the start of the next. With
+# a stride of T every token but the first is a target once, but for a rest at the end. With a smaller stride windows
+# overlap, and tokens are used repeatedly.
 
 
 # %%
@@ -161,7 +161,7 @@ uniform = torch.randint(27, (100,)).tolist()
 print("for comparison, all characters alike:", repr(tokenizer.decode(uniform)))
 
 # %% [markdown]
-# The first line has spaces and vowels where English could have them. The second has neither.
+# The first line has spaces and vowels where English could have them. In the second they stand anywhere.
 #
 # ## How good is it? Cross-entropy
 #
@@ -244,13 +244,14 @@ check("2.3", bits_per_byte)
 # %% [markdown]
 # ## Embedding: a row of a matrix
 #
-# Counting works for pairs. With a context of two tokens the table would have $V^2$ rows, with three $V^3$,
-# and nearly all counts would be 0. So the logits must come from a computation whose **parameters**, its
-# numbers, are learned. Its first part is the **embedding**: a matrix of V rows and C channels, of which a
-# token takes its row.
+# Counting works for pairs. With a context of two tokens the table would have $V^2$ rows, with three $V^3$, and nearly
+# all counts would be 0. So the logits must come from a computation whose **parameters**, its numbers, are learned.
+# Its first part is the **embedding**, a matrix with a row for each token. A row is a vector of C numbers; each place
+# in it is called a **channel**.
 #
-# Taking row i is the same as a product with a **one-hot** vector, which is 1 at place i and 0 elsewhere.
-# Nobody computes the product, but it shows that an embedding is a linear layer like any other.
+# Taking row i is the same as a product with a **one-hot** vector, which is 1 at place i and 0 elsewhere. Nobody
+# computes the product, but it shows that an embedding is a **linear layer**, a product with a learned matrix, like
+# any other.
 
 # %%
 C = 32
@@ -271,13 +272,19 @@ print("largest difference:", (one_hot @ W - looked_up).abs().max().item())
 #
 # ## The same model, learned
 #
-# This is the project's GPT with `n_layer=0`: no attention, no MLP. A token's embedding is normalised (lesson
-# 05), and the **head**, a matrix of V rows and C channels, turns it into V logits. So the logits depend on
-# the last token alone: a bigram model again, and `config/bigram.py` trains it by command.
+# This is the project's GPT with `n_layer=0`: no attention and no MLP (the other parts of a GPT, lessons 03 and 05). A
+# token's embedding is normalised (lesson 05), and the **head**, a matrix of V rows and C channels, turns it into V
+# logits. So the logits depend on the last token alone: a bigram model again, and `config/bigram.py` trains it by
+# command.
 #
-# Nothing is counted now. We take windows at random places, compute the loss, and move all parameters a little
-# in the direction in which the loss falls. The optimizer AdamW does that, with smaller and smaller moves
-# (lesson 06). C is larger than V here, so the product can become any table.
+# Nothing is counted now. The **gradient** of the loss says, for each parameter, how fast the loss rises when that
+# parameter rises. Torch finds it by itself: `loss.backward()` computes it for all parameters, `optimizer.step()`
+# moves each parameter a little against its gradient, and `optimizer.zero_grad()` clears the gradients, since
+# `backward()` adds to them. Where no gradient is needed, `torch.no_grad()` or `.detach()` says so. We take windows at
+# random places, compute the loss, and move all parameters a little in the direction in which the loss falls. The
+# optimizer AdamW does that, with smaller and smaller moves (lesson 06). With C at least as large as V, embedding
+# times head can give nearly any table of logits. (The other settings below do not matter here; later lessons explain
+# them.)
 
 # %%
 source(GPT.forward)
@@ -336,10 +343,9 @@ print(repr(tokenizer.decode(generated[0].tolist())))
 #
 # ## What the gradient says
 #
-# Why does a model that never counts end at the counts? The gradient of the loss in the logits of one
-# prediction is the probability of each token, minus 1 at the right one. So each step lowers all logits in
-# proportion to their probability and raises the right one. That stops, on average, where probability and
-# frequency are equal.
+# Why does a model that never counts end at the counts? The gradient of the loss with respect to the logits of one
+# prediction is the probability of each token, minus 1 at the right one. So each step lowers all logits in proportion
+# to their probability and raises the right one. That stops, on average, where probability and frequency are equal.
 #
 # **Exercise 2.4** Write `logits_gradient(z, target)`: the gradient of the cross-entropy in the logits z (V,),
 # for one target (an integer), without autograd. It is compared with `backward`.

@@ -38,7 +38,7 @@ x = torch.randn(T, C)
 looped = torch.zeros(T, C)
 for t in range(T):
     looped[t] = x[: t + 1].mean(dim=0)
-looped
+print(looped)
 
 # %% [markdown]
 # The same as one product with a triangular matrix. Row t of `average` holds 1 / (t + 1) up to column t
@@ -76,10 +76,10 @@ check("3.1", past_mean)
 # %% [markdown]
 # ## Scores from queries and keys
 #
-# Which of the past matters depends on what a position looks for. So each position makes two vectors from
-# its own: a **query** (what do I look for?) and a **key** (what do I have to offer?). The score of
-# position t for position s is the product of query t and key s. A third vector, the **value**, is what is
-# handed over. All three are learned linear maps.
+# Which of the past matters depends on what a position looks for. So each position makes two vectors from its own: a
+# **query** (what do I look for?) and a **key** (what do I have to offer?). The score of position t for position s is
+# the product of query t and key s. A third vector, the **value**, is what is handed over. Each is the product of the
+# position's vector with a learned matrix, called a **projection**.
 
 # %%
 D = 16
@@ -104,7 +104,8 @@ picture("03_average_to_attention")
 # is 0: nothing looks ahead.
 #
 # This is what the model runs. The function below has two more dimensions, B sequences and H heads, and we
-# come to the heads soon.
+# come to the heads soon; until then Hkv = H and group_size is 1. The last argument of `explicit_attention`, below, is
+# dropout on the weights (lesson 05); `Identity` means none.
 
 # %%
 source(attention_weights)
@@ -116,9 +117,9 @@ print("largest difference from model.py:", (theirs[0, 0] - own).abs().max().item
 # %% [markdown]
 # ## Why divide by the root of D
 #
-# The product of two random vectors with D entries of variance 1 has variance D. Without the division
-# scores grow with the size of a head, and softmax turns large scores into a choice of a single position:
-# all weight in one place, and almost no gradient for the others.
+# The product of two random vectors with D entries of variance 1 has variance D. Without the division scores grow with
+# the size of a head, and softmax turns large scores into a choice of a single position: all weight in one place, and
+# almost no gradient for the others, so training can hardly change them.
 
 # %%
 for size in (4, 64, 1024):
@@ -143,9 +144,11 @@ check("3.2", divisor)
 # %% [markdown]
 # ## Many heads
 #
-# One softmax gives one pattern of looking. Two things are often wanted at once: the previous character, and
-# the last line break. So the C channels are split into H heads of D = C / H channels; each head attends on
-# its own, and their outputs are joined again: **multi-head attention**.
+# One softmax gives one pattern of looking. Two things are often wanted at once: the previous character, and the last
+# line break. So the C channels are split into H heads of D = C / H channels; each head attends on its own, and their
+# outputs are joined again: **multi-head attention**. In a model a last learned matrix, `o_proj`, mixes the joined
+# heads. (These heads are parts of attention. They have nothing to do with the head of lesson 02, the last matrix of
+# the model.)
 
 # %%
 B, H, C = 2, 4, 32
@@ -192,9 +195,9 @@ print("largest difference from repeated keys:", (shared - repeated).abs().max().
 print(f"numbers kept for a position: {2 * H * D} with {H} heads, {2 * Hkv * D} with {Hkv}")
 
 # %% [markdown]
-# **Exercise 3.3** Llama 3 8B has 32 layers, 8 heads of keys and values and D = 128. How many bytes does the
-# cache of one sequence of 8,192 positions take in bfloat16 (2 bytes a number)? And how many would it take
-# with 32 heads of keys and values? Give a tuple of the two numbers.
+# **Exercise 3.3** Llama 3 8B has 32 layers, 8 heads of keys and values and D = 128. How many bytes do the keys and
+# values of one sequence of 8,192 positions take in bfloat16 (2 bytes a number)? And how many would it take with 32
+# heads of keys and values? Give a tuple of the two numbers.
 
 # %% tags=["3.3"]
 cache_bytes = None
@@ -221,10 +224,10 @@ print(
 )
 
 # %% [markdown]
-# **Exercise 3.4** Write `attend(x, attention)`: the output of one attention layer of the model, for x
-# (T, C), from its own projections `attention.q_proj`, `k_proj`, `v_proj`, `o_proj` (each is called like a
-# function) and `attention.n_head` heads. There are no positions in it. It is compared with the layer
-# itself, to 1e-5.
+# **Exercise 3.4** Write `attend(x, attention)`: the output of one attention layer of the model, for x (T, C), from
+# its own projections `attention.q_proj`, `k_proj`, `v_proj`, `o_proj` (each is called like a function) and
+# `attention.n_head` heads.  It is compared with the layer itself, to 1e-5. (The order of positions plays no role in
+# this layer: lesson 04.)
 
 
 # %% tags=["3.4"]
@@ -237,10 +240,10 @@ check("3.4", attend)
 # %% [markdown]
 # ## Break it
 #
-# Take the mask away, and the model can read the answer. Below, an untrained model's logits at position 3
-# are compared before and after the last token changes: they must not differ. In `model.py`, change `>` to
-# `<` in `causal_mask` and run `python -m pytest test_all.py -k causal`: what fails, and why do the losses of
-# a training run with that line look so good?
+# Turn the mask round, so that a position sees what comes after it and not what came before, and the model can read
+# the answer. Below, an untrained model's logits at position 3 are compared before and after the last token changes:
+# they must not differ. In `model.py`, change `>` to `<` in `causal_mask` and run `python -m pytest test_all.py -k
+# causal`: what fails, and why do the losses of a training run with that line look so good?
 
 # %%
 changed = idx.clone()

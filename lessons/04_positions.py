@@ -288,7 +288,7 @@ for theta in (10_000.0, llama3.rope_theta):
 plt.axhline(llama3.block_size, color="black", linestyle="--", label="8,192 positions")
 plt.xlabel("pair of channels")
 plt.ylabel("wavelength in positions")
-plt.title("A larger theta: more pairs that never come round")
+plt.title("A larger theta: more pairs that do not come round in 8,192 positions")
 plt.legend()
 picture("04_wavelengths")
 

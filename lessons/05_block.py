@@ -181,12 +181,14 @@ check("5.1", rms_norm)
 # %% [markdown]
 # ## The MLP
 #
-# Attention moves information between positions. The **MLP** works on one position at a time: it widens the C
-# channels to F = 4 C, applies a nonlinearity, and narrows them again. Two thirds of a block's weights are
-# here.
+# Attention moves information between positions. The **MLP** (multi-layer perceptron: two linear layers with a curve
+# between them) works on one position at a time: it widens the C channels to F = 4 C, applies a nonlinearity (a curve
+# applied to each number, without which two linear layers would be one), and narrows them again. Two thirds of a
+# block's weights are here.
 #
-# **GELU** is the nonlinearity of GPT-2: $x$ times the probability that a normal number is below $x$,
-# $\mathrm{gelu}(x) = x \, \Phi(x)$. GPT-2 was trained with an approximation by tanh, so its weights need that one:
+# **GELU** is the nonlinearity of GPT-2: $x$ times the probability that a number drawn from the normal distribution
+# (mean 0, standard deviation 1) is below $x$, $\mathrm{gelu}(x) = x \, \Phi(x)$. GPT-2 was trained with an
+# approximation by tanh, so its weights need that one:
 #
 # $$\Phi(x) = \frac{1}{2}\left(1 + \mathrm{erf}\frac{x}{\sqrt{2}}\right)$$
 #
@@ -215,7 +217,8 @@ plt.title("What an MLP does to each channel")
 picture("05_nonlinearities")
 
 # %% [markdown]
-# **SwiGLU** is Llama's MLP. One projection gates another: a channel passes as far as its gate lets it.
+# GPT-2's MLP is the plainest: a linear map to 4C channels, GELU, and a linear map back to C. **SwiGLU** is Llama's
+# MLP ($\odot$ multiplies place by place). One projection gates another: a channel passes as far as its gate lets it.
 #
 # $$\mathrm{mlp}(x) = W_{down} \, (\mathrm{silu}(W_{gate}\, x) \odot W_{up}\, x)$$
 #
@@ -295,8 +298,8 @@ print(
 print("in evaluation nothing changes:", torch.equal(dropout.eval()(ones), ones))
 
 # %% [markdown]
-# **Exercise 5.2** After `norm` and the MLP, a block's dropout has p = 0.2. A channel of the MLP's output is
-# 0.6. Which two values can it have after dropout, and what is the mean of a great many of them? Give a tuple
+# **Exercise 5.2** The MLP's output goes through dropout with p = 0.2 before it is added to the stream. A channel
+# of it is 0.6. Which two values can it have after dropout, and what is the mean of a great many of them? Give a tuple
 # of three numbers: the smaller value, the larger value, the mean.
 
 # %% tags=["5.2"]
@@ -348,7 +351,8 @@ for name, n in {
 # by these formulas. Where `tied` is false, the head has a matrix of its own. Where `qkv_bias` is false, the
 # query, key and value projections have no biases. With C = 768 and L = 12 it must give 124,439,808 tied and
 # with all biases, and 163,009,536 without both, which takes 622 MiB in float32. The check also tries the
-# larger GPT-2 models.
+# larger GPT-2 models. (Tied but without the biases of q, k and v it would be 124,412,160, a number that is also found
+# in print: 12 x 3 x 768 = 27,648 fewer.)
 
 
 # %% tags=["5.3"]

@@ -31,16 +31,18 @@ TEXT = "To be, or not to be: that is the question. " * 200
 # ## A function of the settings and the step
 #
 # A **run** is a sequence of updates. Three things in it look random: the first weights, which windows of text a step
-# takes, and dropout. In glassGPT each is computed from the seed and the number of the step alone, not from what
-# happened before. So step 7 is the same whether the run came there at once or was stopped at step 5.
+# takes, and dropout. In glassGPT the first weights come from the **seed**, the number from which a random generator
+# starts, and windows and dropout from the seed and the number of the step: never from what happened before. So step 7
+# is the same whether the run came there at once or was stopped at step 5.
 
 # %%
 source(noise_seed)
 print([noise_seed(seed=1337, step=step, rank=0) for step in (0, 1, 2)])
 
 # %% [markdown]
-# The windows of an epoch are a permutation of all windows, made from the seed and the epoch. Step s takes rows
-# s G to s G + G - 1 of it, G being the rows of a step. Nothing needs to be remembered:
+# An **epoch** is one pass over the whole text. Its windows are all windows in a shuffled order, which the seed and
+# the number of the epoch decide. Step s takes rows s G to s G + G - 1 of it, G being the rows of a step. Nothing
+# needs to be remembered:
 
 # %%
 shards = [torch.arange(1000).numpy()]
@@ -54,8 +56,8 @@ for start in ("from step 0", "from step 2"):
 #
 # ## Stop and go on
 #
-# A run of 6 steps, and the same run with a stop after 3. `max_iters` ends it, as a kill would; the rate of each step
-# does not depend on it, because `lr_decay_iters` is set.
+# A run of 6 steps, and the same run with a stop after 3. `max_iters=3` stands for the kill. The learning rate of a
+# step stays the same, because `lr_decay_iters` is set, so the decay does not depend on `max_iters`.
 
 # %%
 SMALL = (
@@ -128,8 +130,8 @@ for words in (["--n_embd=32"], ["--learning_rate=1e-4"], ["--log_interval=1"]):
 
 # %% [markdown]
 # **Exercise 7.2** Which of these are refused on resumption: `n_layer`, `batch_size`, `qk_norm`, `eval_interval`,
-# `dataset`, `weight_decay`? Give a set of names. Think: without which would the weights, or the data that they were
-# promised, mean something else?
+# `dataset`, `weight_decay`? Give a set of names. Which of them, when changed, would give the saved weights another
+# shape or meaning, or train them on other data?
 
 # %% tags=["7.2"]
 refused = None
@@ -139,9 +141,9 @@ check("7.2", refused)
 # %% [markdown]
 # ## A kill at the worst moment
 #
-# A file that is being written when the power goes is torn. So a checkpoint is written beside, read back, and only
-# then renamed, which happens at once or not at all. The one before stays until then. And should a byte change later,
-# its checksum tells:
+# A file is broken if power fails while it is written. So a checkpoint is written under another name, read back, and
+# only then renamed, which happens at once or not at all. The one before stays until then. A **checksum**, a number
+# computed from all bytes, shows later damage:
 
 # %%
 run(*SMALL, "--out_dir=out/damaged", "--max_iters=6")
@@ -157,7 +159,8 @@ print("the checkpoint that is used instead is of step", used["step"])
 
 # %% [markdown]
 # **Exercise 7.3** A run saves every 100 steps and is killed at a random moment of step 1,234, while nothing is
-# written. From which step does it go on, and how many steps are done twice? Give both.
+# written. From which step does it go on, and how many finished steps are done again? (Steps count from 0, so 1,234
+# steps, 0 to 1,233, are finished.) Give both.
 
 # %% tags=["7.3"]
 after_a_kill = None
@@ -168,7 +171,7 @@ check("7.3", after_a_kill)
 # ## Break it
 #
 # Keep the weights and lose the moments: the run goes on, nothing fails, and it ends elsewhere. In `glass/run.py`,
-# leave the line out that restores the optimizers and run `python -m pytest test_all.py -k resum`.
+# leave the line out that restores the optimizers and run `python -m pytest test_all.py -k change_no_bit`.
 
 # %%
 run(*SMALL, "--out_dir=out/forgetful", "--max_iters=3")

@@ -181,9 +181,12 @@ for way in ("all", "LoRA", "head alone"):
     )
 
 # %% [markdown]
-# LoRA gets about as far as training everything, with a ninth of the weights. The head alone stays far behind: the
-# base never saw an end-of-text token, so nothing taught it to gather there what the line was about, and a frozen
-# model cannot learn to.
+# LoRA gets about as far as training everything, with a ninth of the weights. The head alone stays behind: the frozen
+# model was trained to predict the next character, and its last vector holds mostly that. There are ways between, such
+# as training the last block too (`--trainable=last_block`).
+#
+# Some pad every text with the end-of-text token to one length and read the last column. That works, because the last
+# position sees the whole text. We read the last real token, so a result does not depend on how far a row was padded.
 #
 # ## Is that good? Baselines
 #

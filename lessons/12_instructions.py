@@ -39,11 +39,12 @@ row = {"instruction": "Write in upper case.", "input": "stone", "output": "STONE
 messages = messages_of(row, "markers")
 print(messages)
 print(chat_text(messages))
-print(chat_text(messages, "alpaca"))
+print(chat_text(messages_of(row, "alpaca"), "alpaca"))
 
 # %% [markdown]
-# Other models have other templates: `alpaca` is plain text, for tokenizers without markers; `llama3` and `chatml` are
-# those of Llama 3 and of many others. A model understands the template that it was trained with, and no other.
+# Other models have other templates: `alpaca` is plain text, for tokenizers without markers (an empty input leaves its
+# heading out); `llama3` and `chatml` are those of Llama 3 and of many others. A model understands the template that
+# it was trained with, and no other.
 #
 # Now as tokens. The tokenizer is one of characters, with the four markers behind them.
 
@@ -221,7 +222,11 @@ check("12.3", begins_right)
 # fall below ln 6 = 1.79. In `glass/chat.py`, let `encode_chat` mark every token as answer, run
 # `python finetune.py config/finetune_tasks.py --max_iters=300`, and compare the exact matches. Below is the loss of
 # each token for the model trained here. The answer is nearly certain. The question was never counted, so this model
-# would not write it: tuning on answers alone costs a model its skill in everything else.
+# did not learn to write one.
+#
+# Some count the question too, and only leave out the padding: PyTorch's `cross_entropy` skips targets of -100, so
+# `targets.masked_fill(~counts, -100)` does the same as a mask. Which is better depends on the data. Here the question
+# is random letters, so counting it cannot help.
 
 # %%
 model = fresh_model()

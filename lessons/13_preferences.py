@@ -197,7 +197,8 @@ source(grpo_loss)
 
 # %% [markdown]
 # **Exercise 13.4** A group of four has the rewards 1, 1, 1, 0. What are the advantages (with the standard deviation
-# of the group, divided by 4, not 3)? And what are they if all four rewards are 1? Give two lists.
+# of the group, divided by 4, not 3)? And what are they if all four rewards are 1? (Where the standard
+# deviation is 0, an advantage is 0.) Give two lists.
 
 # %% tags=["13.4"]
 group_advantages = None

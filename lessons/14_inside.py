@@ -7,7 +7,7 @@
 # - read what a model would predict half-way, with the logit lens,
 # - split a logit into what each part of the model pushed, and read `glass/trace.py`.
 #
-# You need lessons 03 (attention) and 05 (the block). Time: 45 minutes, exercises included.
+# You need lessons 03 (attention) and 05 (the block). Time: 50 minutes, exercises included.
 #
 # Letters, the same as in the code: B sequences, T positions, V vocabulary, L layers, H heads.
 

@@ -18,11 +18,18 @@ from glass import sources
 )
 def encode_words(answer):
     ids = {"a": 0, "dog": 1, "sees": 2, ".": 3, "<|unk|>": 4}
-    known = ask(answer, "a dog sees a dog.", dict(ids))
-    expect(list(known) == [0, 1, 2, 0, 1, 3], f"for 'a dog sees a dog.' it gave {known}")
+    known = list(ask(answer, "a dog sees a dog.", dict(ids)))
+    right = [0, 1, 2, 0, 1, 3]
+    expect(known == right, f"for 'a dog sees a dog.' it gave {known}, not {right}")
+    capital = list(ask(answer, "A dog", dict(ids)))
+    expect(capital == [4, 1], "`A` and `a` are two words, and only one is known")
     given = list(ask(answer, "a cat sees 3 dogs.", dict(ids)))
     expect(len(given) == 6, f"'a cat sees 3 dogs.' has 6 tokens, and it gave {len(given)} ids")
     expect(given == [0, 4, 2, 4, 4, 3], f"for 'a cat sees 3 dogs.' it gave {given}")
+    dashes = list(ask(answer, "a--dog", dict(ids)))
+    expect(
+        len(dashes) == 4, f"'a--dog' has 4 tokens by the first cell's pattern, not {len(dashes)}"
+    )
     return "`cat`, `3` and `dogs` are one id now: what was there cannot be read back."
 
 
@@ -85,8 +92,8 @@ def encode_word(answer):
         whole = b"".join(tokenizer.tokens[i] for i in given)
         expect(whole == word, f"the tokens for {word} join to {whole}")
         expect(len(given) < len(word) or len(expected) == len(word), f"nothing is merged in {word}")
-        shown = bpe.paint([tokenizer.tokens[i] for i in given])
-        right = bpe.paint([tokenizer.tokens[i] for i in expected])
+        shown = [tokenizer.tokens[i] for i in given]
+        right = [tokenizer.tokens[i] for i in expected]
         expect(False, f"it gave {shown} where {right} is right: merge the lowest id first")
     return f"The same ids as bpe.py's for {len(words)} words."
 

@@ -38,7 +38,12 @@ def three_measures(answer):
     loss, perplexity, bits = map(float, answer)
     arithmetic = -math.log((1 / 2 + 1 / 4 + 1 / 8) / 3)
     expect(abs(loss - arithmetic) > 1e-3, "take the mean of the logarithms, not of probabilities")
-    same(loss, 2 * math.log(2), "the loss in nats is the mean of ln 2, ln 4 and ln 8", 1e-3)
+    same(
+        loss,
+        2 * math.log(2),
+        "the loss in nats is the mean of ln 2, ln 4 and ln 8 (to three decimals)",
+        1e-3,
+    )
     same(perplexity, 4.0, "the perplexity is e to the loss in nats", 1e-3)
     same(bits, 2.0, "bits are nats divided by ln 2", 1e-3)
     return "On average like a choice among 4, which takes 2 bits."

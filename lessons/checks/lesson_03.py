@@ -40,7 +40,8 @@ def divisor(answer):
     "2 (keys, values) * layers * heads * D * positions * 2 bytes.",
 )
 def cache_bytes(answer):
-    expect(len(tuple(answer)) == 2, "a tuple of two numbers is asked for")
+    is_pair = isinstance(answer, tuple | list) and len(answer) == 2
+    expect(is_pair, "a tuple of two numbers is asked for")
     few, many = answer
     expected = 2 * 32 * 8 * 128 * 8192 * 2
     expect(2 * few != expected, "this is half of it: keys and values are both kept")
@@ -65,8 +66,20 @@ def attend(answer):
         mask = causal_mask(torch.arange(8), 8)
         expected = attention(x[None], torch.arange(8), None, mask)[0]
         open_to_all = attention(x[None], torch.arange(8), None, None)[0]
+        projection, attention.o_proj = attention.o_proj, torch.nn.Identity()
+        before_projection = attention(x[None], torch.arange(8), None, mask)[0]
+        attention.o_proj = projection
+        attention.q_proj.weight *= 6**0.5  # D = 6
+        unscaled = attention(x[None], torch.arange(8), None, mask)[0]
     shape = tuple(given.shape)
     expect(shape == (8, 24), f"for x of shape (8, 24) it gave {shape}")
     expect(not torch.allclose(given, open_to_all, atol=1e-5), "it looks ahead: add the mask")
-    same(given, expected, "the last row looks at everything: compare it with the layer's first")
+    too_early = torch.allclose(given, before_projection, atol=1e-5)
+    expect(not too_early, "it is right before o_proj: apply o_proj")
+    expect(not torch.allclose(given, unscaled, atol=1e-5), "divide the scores by the root of D")
+    same(
+        given,
+        expected,
+        "are the channels split into heads, view(T, H, D).transpose(0, 1), and joined again?",
+    )
     return "This is the whole of attention."

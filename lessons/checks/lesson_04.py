@@ -45,7 +45,11 @@ def rotate(answer):
     expected = torch.stack([rotated(row, p, w) for row, p in zip(x, positions, strict=True)])
     backwards = torch.stack([rotated(row, -p, w) for row, p in zip(x, positions, strict=True)])
     expect(given.shape == x.shape, f"for x of shape (5, 8) it gave {tuple(given.shape)}")
-    same(given[0], x[0], "at position 0 nothing is rotated")
+    same(
+        given[0],
+        x[0],
+        "at position 0 the row must come back unchanged: are the channels in their places (torch.cat)?",
+    )
     expect(not torch.allclose(given, x), "nothing is rotated: each row has a position of its own")
     same(given.norm(dim=1), x.norm(dim=1), "a rotation keeps the length of each row")
     expect(not torch.allclose(given, backwards), "it rotates the other way: look at the signs")

@@ -20,9 +20,18 @@ def rms_norm(answer):
     centred = F.layer_norm(x, (16,), eps=1e-5)
     expect(given.shape == x.shape, f"for x of shape (3, 4, 16) it gave {tuple(given.shape)}")
     expect(not torch.allclose(given, centred, atol=1e-4), "this is LayerNorm: leave the mean in")
+    summed = x / (x.square().sum(-1, keepdim=True) + 1e-5).sqrt()
+    expect(
+        not torch.allclose(given, summed, atol=1e-4),
+        "divide by the root of the mean, not of the sum",
+    )
     tiny = ask(answer, torch.full((1, 16), 1e-3))
-    same(given, expected, "it differs from torch's rms_norm: is the mean over the last dimension?")
-    same(tiny, F.rms_norm(torch.full((1, 16), 1e-3), (16,), eps=1e-5), "eps goes under the root")
+    same(
+        given,
+        expected,
+        "it differs from torch's rms_norm: take the mean of the squares over the last dimension alone",
+    )
+    same(tiny, F.rms_norm(torch.full((1, 16), 1e-3), (16,), eps=1e-5), "add eps under the root")
     return "One mean less than LayerNorm."
 
 

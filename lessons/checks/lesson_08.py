@@ -18,7 +18,7 @@ def temperature(answer):
     "8.2",
     "top-k 4 keeps the first four. How much probability have the first three together?",
     "A token is kept while those likelier than it hold less than p.",
-    "probs.cumsum(0)[2] is 0.837...",
+    "probs.cumsum(0)[2] is 0.8328...",
 )
 def smallest_p(answer):
     import torch
@@ -44,6 +44,7 @@ def positions_computed(answer):
     cached = ask(answer, 10, 5, True)
     expect(cached != 15, "the last new token need not go through the model: nothing follows it")
     expect(cached == 14, f"a prompt of 10 and 5 new tokens: 10 + 4 with the cache, not {cached}")
+    expect(ask(answer, 3, 20, True) == 22, "a prompt of 3 and 20 new tokens: 3 + 19 with the cache")
     plain = ask(answer, 10, 5, False)
     expect(plain == 60, f"without it: 10 + 11 + 12 + 13 + 14, not {plain}")
     expect(ask(answer, 1, 100, False) == 5050, "for a prompt of 1 and 100 tokens it is wrong")

@@ -42,9 +42,9 @@ def masked_loss(answer):
 
 @exercise("12.3", "text.startswith(wanted)", "sum(...) / len(texts)")
 def begins_right(answer):
-    texts, wanted = ["BADBAD", "dab", "xBAD", "HE"], ["BAD", "dab", "BAD", "HEAD"]
+    texts, wanted = ["BADBAD", "dab", "xBAD", "HE", "HEX"], ["BAD", "dab", "BAD", "HEAD", "HEAD"]
     given = ask(answer, texts, wanted)
-    expect(given != 0.25, "this is the exact match")
-    expect(given != 0.75, "the wanted text must be at the beginning")
-    same(float(given), 0.5, "two of the four begin with the wanted text")
+    expect(given != 0.2, "this is the exact match")
+    expect(given != 0.6, "the wanted text must be at the beginning")
+    same(float(given), 0.4, "two of the five begin with the wanted text")
     return "It would give such a model nearly full marks. Exact match sees that it never stops."

@@ -31,6 +31,9 @@ def kl(answer):
     expect(abs(given + math.log(2)) > 1e-4, "the sign: ln(p / q), not ln(q / p)")
     same(given, math.log(2), "for p = (1/2, 1/2, 0) and q = (1/4, 1/4, 1/2) it is ln 2", 1e-4)
     same(float(ask(answer, q, q)), 0.0, "of a distribution with itself it is 0", 1e-6)
+    both = float(ask(answer, p, p.clone()))
+    expect(not math.isnan(both), "it gives NaN where p and q are both 0")
+    same(both, 0.0, "of a distribution with itself it is 0, zeros included", 1e-6)
     return "Where q is 0 and p is not, it is infinite: the reference would never say that."
 
 
@@ -43,8 +46,18 @@ def dpo_losses(answer):
     first, second = answer
     without = math.log(1 + math.exp(-1.0))
     expect(abs(first - without) > 1e-3, "subtract the reference's log-probabilities")
-    same(float(first), math.log(1 + math.exp(-0.7)), "the first pair's margin is 0.7", 1e-3)
-    same(float(second), math.log(1 + math.exp(0.4)), "the second pair's margin is -0.4", 1e-3)
+    same(
+        float(first),
+        math.log(1 + math.exp(-0.7)),
+        "the first loss is ln(1 + exp(-0.7)), to three decimals",
+        1e-3,
+    )
+    same(
+        float(second),
+        math.log(1 + math.exp(0.4)),
+        "the second loss is ln(1 + exp(0.4)), to three decimals",
+        1e-3,
+    )
     return "The second is above ln 2: that pair went the wrong way."
 
 
