@@ -51,10 +51,10 @@ print(f"{len(training):,} training tokens, {len(validation):,} for validation, V
 #
 # ## Windows: inputs and targets
 #
-# A language model predicts the next token. So a **target** is the token that follows its input: the same
-# text, one place later. A model reads a window of at most T tokens at once, and T is called the **block
-# size**. One window holds T predictions, because each of its positions has a target. The tokens up to a
-# position are the **context** of that prediction.
+# A language model predicts the next token. So a **target** is the token that follows its input: the same text, one
+# place later. A model reads a window of at most T tokens at once, and T is called the **block size**. One window
+# holds T predictions, because each of its positions has a target. The tokens up to a position are the **context** of
+# that prediction. The longest context that a model can use is its **block size**.
 
 # %%
 T = 6
