@@ -287,7 +287,7 @@ def read_rows(name, limit):
 
 def measure_answers(loaded, settings):
     """Figures of answers to instructions: the share that is right, over all and by kind."""
-    from glass import chat, sources
+    from glass import chat, records
     from glass.generate import answer
 
     task, rows = read_rows(settings.answers, settings.limit)
@@ -296,8 +296,7 @@ def measure_answers(loaded, settings):
     room = loaded.model.config.block_size - settings.answer_tokens
     prompts, kept, left_out = [], [], 0
     for where, row in rows:
-        if "messages" not in row:
-            sources.check_keys(where, row, ("instruction", "output"))
+        records.check_row(where, row, "instruct")
         messages = chat.messages_of(row, template)
         ids, _ = chat.encode_chat(loaded.tokenizer, messages[:-1], template, reply=True)
         if len(ids) > room:

@@ -116,6 +116,7 @@ class Settings(train.Settings):
         super().__post_init__()
         counts = "test_items answer_tokens eval_answers group_size updates_per_sample"
         require(self, counts, lambda value: value >= 1, "be at least 1")
+        require(self, "group_size", lambda value: value <= 4096, "be at most 4,096")
         require(self, "answer_tokens", lambda value: value <= 10**5, "be at most 100,000")
         not_negative = "prefix_weight lm_weight dpo_beta clip kl_coef val_share test_share"
         require(self, not_negative, lambda value: value >= 0, "not be negative")

@@ -127,6 +127,8 @@ class GPTConfig:
                 f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
                 "change either"
             )
+        if (self.lora_rank or 0) > self.n_embd:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at most n_embd={self.n_embd}")
         if self.head_dim is None:
             raise ValueError(
                 f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, "

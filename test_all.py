@@ -2919,6 +2919,68 @@ def test_a_chat_on_facts_is_greedy_and_says_where_it_is_not_sure(long_base, caps
         assert ("(not sure: mean log-probability" in said("to ab")[0]) == doubts
 
 
+def test_files_of_a_run_that_are_nested_without_end_or_of_another_kind_pass_as_torn(
+    workdir, capsys
+):
+    run_main(train.main, TINY_RUN, capsys)
+    folder = Path("out/small")
+    for content in ("[" * 100_000, "[1]", '{"after": [1], "before": 3}', '{"figures": 5}'):
+        for name in ("config.json", "test.json", "eval.json", "about.json"):
+            kept = (folder / name).read_bytes() if (folder / name).exists() else None
+            (folder / name).write_text(content)
+            status, _, err = run_main(evaluate.main, ["--report", "r.html", "out/small"], capsys)
+            assert status in (0, 2) and err.count("\n") <= 2, (name, content[:20], err[-300:])
+            (folder / name).unlink() if kept is None else (folder / name).write_bytes(kept)
+    (folder / "config.json").write_text("[" * 100_000)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "val_loss": 1' + "0" * 400 + ', "tokens": 1, "seconds": 1}\n')
+    resume = ["--init_from=resume", "--out_dir=out/small", "--max_iters=8"]
+    status, _, err = run_main(train.main, resume, capsys)
+    assert status == 0, err
+    status, _, err = run_main(evaluate.main, ["--report", "r.html", "out/small"], capsys)
+    assert status == 0, err
+
+
+def test_what_is_asked_of_a_tuned_model_is_checked_row_by_row(long_base, capsys):
+    tune("instruct", capsys)
+    for row in (
+        '{"instruction": "to", "input": 5, "output": "be"}',
+        '{"kind": 7, "instruction": "to", "output": "be"}',
+    ):
+        Path("asked.jsonl").write_text(row + "\n")
+        status, _, err = run_main(
+            evaluate.main, ["--out_dir=out/tuned", "--answers", "asked.jsonl"], capsys
+        )
+        assert status == 2 and "asked.jsonl line 1: " in err.splitlines()[-1], err
+    Path("piqa.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c"}\n')
+    Path("piqa-labels.lst").write_bytes(b"\xff\xfe")
+    status, _, err = run_main(
+        evaluate.main, ["--out_dir=out/tuned", "--items", "piqa.jsonl"], capsys
+    )
+    assert status == 2 and "piqa-labels.lst is not as it should be" in err
+
+
+def test_sizes_without_sense_are_refused_before_anything_is_made(long_base, capsys):
+    words = ["--trainable=lora", "--lora_rank=100000000"]
+    status, _, err = tune("instruct", capsys, *words, out="z")
+    assert status == 2 and "lora_rank=100000000 must be at most n_embd=" in err
+    status, _, err = tune("reinforce", capsys, "--group_size=1000000", out="z")
+    assert status == 2 and "group_size=1000000 must be at most 4,096" in err
+
+
+def test_a_published_config_is_checked_by_type(tmp_path):
+    model = tiny_model(n_embd=16, n_head=1, tie_weights=True, bias=True)
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in (("n_head", True), ("n_layer", "2"), ("n_embd", 16.5)):
+        path.write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=f"config.json: {key}="):
+            weights.load_pretrained(tmp_path / "m")
+    path.write_text(json.dumps(config))
+    weights.load_pretrained(tmp_path / "m")
+
+
 # ------------------------------------------------------------------------------------------------ evaluate.py
 
 

@@ -1,6 +1,5 @@
 """about.json: where a run was made and with what, for whoever reads its folder later."""
 
-import json
 import os
 import platform
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from glass.files import write_json
+from glass.files import read_object, write_json
 from glass.progress import warned_about
 from glass.settings import HOME, defaults_of
 
@@ -81,9 +80,7 @@ def write_about(run):
     }
     with warned_about(path):
         if run.step and path.is_file():
-            try:
-                content["starts"] = json.loads(path.read_text(encoding="utf-8"))["starts"]
-            except (ValueError, KeyError, TypeError):
-                content["starts"] = []  # torn: begun anew
+            starts = read_object(path).get("starts")  # none if it is torn: begun anew
+            content["starts"] = starts if isinstance(starts, list) else []
         content["starts"].append(start)
         write_json(path, content)

@@ -84,6 +84,15 @@ def is_locked(folder):
     return False
 
 
+def read_object(path):
+    """The JSON object in a file that this program wrote, or {} where there is none, or it is torn."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_json(path, content):
     """Replace a file by JSON, as `write_text` does."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1))

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from glass.files import reading
 from glass.shards import folder_of
 from glass.sources import SOURCES, check_is, parse_json
 
@@ -102,7 +103,8 @@ def read_labels(path):
     found = labels_path(path)
     if found is None:
         return None
-    words = found.read_text(encoding="utf-8").split()
+    with reading(found, "it must hold a number per line"):
+        words = found.read_text(encoding="utf-8").split()
     if wrong := [word for word in words if not word.isdigit()]:
         raise ValueError(f"{found} holds {wrong[0]!r:.40}, but must hold a number per line")
     return [int(word) for word in words]

@@ -5,7 +5,6 @@ A name in a request is looked up in a list of what is there. It is never a path.
 
 import asyncio
 import contextlib
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from glass import checkpoint
 from glass.batch import Batch
 from glass.device import free_memory
-from glass.files import is_locked
+from glass.files import is_locked, read_object
 from glass.loading import Loaded
 from glass.progress import read_metrics
 
@@ -234,9 +233,7 @@ def changed_at(folder):
 
 def describe_run(name, folder):
     """A run's checkpoints, settings and metrics, as JSON."""
-    metrics, settings = folder / "metrics.jsonl", {}
-    with contextlib.suppress(OSError, ValueError):  # not there, or not as training writes it
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    metrics, settings = folder / "metrics.jsonl", read_object(folder / "config.json")
     rows = read_metrics(metrics) if metrics.is_file() else []
     every = -(-len(rows) // MAX_METRICS) or 1  # the last row is among those that are kept
     return {

@@ -4,13 +4,12 @@ The index lies beside the shards, in data/NAME/index/, is built once and then me
 tokens of the training split in one file, and all their suffixes in alphabetical order.
 """
 
-import json
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from glass.files import write_json
+from glass.files import read_object, write_json
 from glass.progress import say
 from glass.shards import META, folder_of, open_dataset
 
@@ -72,7 +71,7 @@ def open_index(name):
     paths = {kind: folder / f"{kind}.bin" for kind in ("tokens", "suffixes")}
     about = {"sha256": dataset.sha256, "tokens": n_tokens, "longest": LONGEST}
     marker = folder / "index.json"
-    if not marker.is_file() or about != read_marker(marker):
+    if not marker.is_file() or about != read_object(marker):
         say(f"building the index of {name}, {n_tokens:,} tokens, once")
         folder.mkdir(exist_ok=True)
         marker.unlink(missing_ok=True)
@@ -82,13 +81,6 @@ def open_index(name):
         write_json(marker, about)
     tokens, suffixes = (np.memmap(path, np.int32, "r") for path in paths.values())
     return Index(dataset, tokens, suffixes)
-
-
-def read_marker(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
 
 
 def occurrences(index, ids):

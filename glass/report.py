@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from glass.files import write_text
+from glass.files import read_object, write_text
 from glass.intervals import number_text
 
 COLOURS = ("#0b6e99", "#c2410c")  # of the first run and of the second
@@ -65,15 +65,6 @@ def read_run(folder):
     )
 
 
-def read_object(path):
-    """The JSON object of a file, or {} where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read_lines(path):
     """The JSON objects of a file of lines."""
     lines = []
@@ -84,7 +75,7 @@ def read_lines(path):
     for text in texts:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
             lines.append(line)
@@ -117,7 +108,10 @@ def points_of(run, x, y):
 
 
 def is_number(value):
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError):  # no number, or one beyond a float
+        return False
 
 
 def ticks(low, high, count=5):
@@ -368,7 +362,8 @@ def tests(runs):
     """test.json of every run: figures before and after fine-tuning."""
     rows = []
     for run in runs:
-        before, after = run.test.get("before") or {}, run.test.get("after") or {}
+        before, after = (run.test.get(when) for when in ("before", "after"))
+        before, after = (each if isinstance(each, dict) else {} for each in (before, after))
         for name, value in after.items():
             numbers = (before.get(name), value)
             shown = [f"{number:.4f}" if is_number(number) else "" for number in numbers]

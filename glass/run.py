@@ -12,7 +12,6 @@ A run trains a model at a task. train.py and finetune.py each bring a task. It h
     state(), restore(model, saved)       what a checkpoint holds of the task
 """
 
-import json
 import math
 import os
 import secrets
@@ -25,7 +24,7 @@ import torch
 
 from glass import checkpoint
 from glass.device import choose_dtype
-from glass.files import lock
+from glass.files import lock, read_object
 from glass.optim import load_moments, make_optimizers
 from glass.progress import say, warned_about
 from glass.settings import defaults_of, with_role
@@ -145,11 +144,8 @@ def run_config(folder):
 
     It may be a published model's, or torn, or not there.
     """
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) and "out_dir" in config else {}
+    config = read_object(Path(folder) / "config.json")
+    return config if "out_dir" in config else {}
 
 
 class Run:

@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import tempfile
+import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from glass import checkpoint
 from glass.device import choose_device, choose_dtype
 from glass.files import reading, replacing
 from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
+from glass.settings import check_type
 from model import GPT, GPTConfig
 
 HUB = {  # where the presets of model.py are published
@@ -282,9 +284,10 @@ def read_config(folder):
     required = [key for key, (_, default) in layout.settings.items() if default is ...]
     if missing := [key for key in required if found.get(key) is None]:
         raise ValueError(f"{path} lacks {' '.join(missing)}: download it again")
-    settings = {}
+    settings, types_of = {}, typing.get_type_hints(GPTConfig)
     for key, (ours, default) in layout.settings.items():
-        settings[ours] = default if found.get(key) is None else found[key]
+        value = default if found.get(key) is None else found[key]
+        settings[ours] = check_type(f"{path}: {key}", value, types_of[ours])
     if layout is GPT2:
         mlp = {"relu2": "relu2", "gelu": "gelu_exact"}.get(found.get("activation_function"), "gelu")
         return layout, GPTConfig(**settings, bias=True, mlp=mlp, norm="layernorm", pos="learned")
@@ -718,7 +721,8 @@ def load_tokenizer(source):
     if saved is not None:
         template = folder / "chat_template.jinja"
         if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
+            with reading(template, "download it again"):
+                config["chat_template"] = template.read_text(encoding="utf-8")
         with reading(folder / TOKENIZER, "download it again"):
             return HuggingFaceTokenizer(saved, config, stop_ids(folder))
     layout, shape = read_config(folder)
