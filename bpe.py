@@ -38,7 +38,7 @@ import regex
 from tqdm import tqdm
 
 from glass.files import write_text
-from glass.settings import errors_in_one_line
+from glass.settings import check_type, errors_in_one_line
 
 # Ordinary text never becomes one of these special tokens.
 PAD, UNKNOWN = "<|pad|>", "<|unk|>"
@@ -88,7 +88,7 @@ def texts_of(texts):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, with its line endings unchanged.
+    """The text of a UTF-8 file, with its line endings unchanged and without a byte order mark.
 
     Raises FileNotFoundError if there is no such file, and ValueError, with the byte offset, if it
     is not UTF-8.
@@ -96,7 +96,7 @@ def read_text(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file: give the path of a UTF-8 text file")
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8"
@@ -821,8 +821,10 @@ def load_tokenizer(saved):
     """
     if not isinstance(saved, dict):
         path = Path(saved)
-        if path.is_dir():
-            raise ValueError(f"tokenizer {path} is a folder: name the file in it")
+        if path.exists() and not path.is_file():
+            raise ValueError(
+                f"tokenizer {path} is no file: name one, in a folder its tokenizer.json"
+            )
         if not path.is_file():
             raise FileNotFoundError(
                 f"tokenizer {path} does not exist: "
@@ -990,6 +992,8 @@ def main():
         return
     is_gpt2 = given.tokenizer == "gpt2"
     tokenizer = BPETokenizer.from_gpt2() if is_gpt2 else load_tokenizer(given.tokenizer)
+    if given.command == "show":
+        check_type("text", given.text, str)
     if given.command == "tokens":
         ids = tokenizer.encode(read_text(given.file))
         print(paint(tokenizer.tokens[i] for i in ids))

@@ -681,7 +681,7 @@ class Reinforce(Instruct):
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(
-                f"reward={self.settings.reward} gave {value!r} for the answer {text!r}: "
+                f"reward={self.settings.reward} gave {value!r:.80} for the answer {text!r}: "
                 "it must return a finite number"
             )
         return number

@@ -75,7 +75,7 @@ from glass import (
 )
 from glass.device import Processes, autocast
 from glass.loading import Drawing
-from glass.settings import configure, errors_in_one_line
+from glass.settings import check_type, configure, errors_in_one_line, parse
 from model import GPT, PRESETS, GPTConfig, KVCache, apply_rope, rope_frequencies, rope_rotation
 
 HERE = Path(__file__).resolve().parent
@@ -822,7 +822,7 @@ def test_bpe_shows_no_merges_of_an_endless_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bpe, "LONGEST_SHOWN", 9)
     with pytest.raises(ValueError, match="a pre-token of 10 characters"):
         bpe.show_merges("ab " + "a" * 9, bpe.BPETokenizer.train(PEOPLE, 300))
-    with pytest.raises(ValueError, match="is a folder: name the file in it"):
+    with pytest.raises(ValueError, match="is no file: name one, in a folder its tokenizer.json"):
         bpe.load_tokenizer(tmp_path)
 
 
@@ -2958,6 +2958,30 @@ def test_what_is_asked_of_a_tuned_model_is_checked_row_by_row(long_base, capsys)
         evaluate.main, ["--out_dir=out/tuned", "--items", "piqa.jsonl"], capsys
     )
     assert status == 2 and "piqa-labels.lst is not as it should be" in err
+    for labels, says in (
+        ("0\n1\n", "has 2 labels but piqa.jsonl only 1 lines"),
+        ("\u00b2", "'\u00b2'"),
+    ):
+        Path("piqa-labels.lst").write_text(labels, encoding="utf-8")
+        status, _, err = run_main(
+            evaluate.main, ["--out_dir=out/tuned", "--items", "piqa.jsonl"], capsys
+        )
+        assert status == 2 and says in err.splitlines()[-1]
+    Path("orders.jsonl").write_text(Path("orders.jsonl").read_text().replace('"to', '"\u00fcto', 3))
+    status, out, _ = tune("instruct", capsys, out="odd")
+    assert status == 0 and re.search(r"\d+ of \d+ train rows hold characters that", out)
+
+
+@pytest.mark.parametrize("word", ["{[]}", "{{}}", "[" * 3000])
+def test_a_value_that_no_literal_can_be_is_a_word(word):
+    assert parse(word, int) == word
+    with pytest.raises(ValueError, match="must be int"):
+        check_type("limit", parse(word, int), int)
+
+
+def test_a_text_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfThe cat")
+    assert bpe.read_text(tmp_path / "p.txt") == "The cat"
 
 
 def test_sizes_without_sense_are_refused_before_anything_is_made(long_base, capsys):

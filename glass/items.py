@@ -61,7 +61,7 @@ def read_items(path, n_shots=0):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"items={path} does not exist: give a .jsonl file of items")
-    labels = read_labels(path)
+    labels, n_lines = read_labels(path), 0
     items = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold U+2028
@@ -76,12 +76,18 @@ def read_items(path, n_shots=0):
             if number > len(labels):
                 raise ValueError(f"{where} has no label in {labels_path(path)}: add it")
             row["label"] = labels[number - 1]
+        n_lines = number
         items.append(item_of(row, where))
         if (items[0].gold is None) != (items[-1].gold is None):
             raise ValueError(
                 f"only one of {items[0].where} and line {number} has answers to choose from: "
                 "put the two kinds of items into two files"
             )
+    if labels is not None and len(labels) > n_lines:
+        raise ValueError(
+            f"{labels_path(path)} has {len(labels)} labels but {path} only {n_lines} lines, so they "
+            "are of two files: put those beside each other that belong together"
+        )
     if len(items) <= n_shots:
         raise ValueError(f"{path} has {len(items)} items, but needs more than shots={n_shots}")
     examples = "".join(item.shot + "\n\n" for item in items[:n_shots])
@@ -105,7 +111,7 @@ def read_labels(path):
         return None
     with reading(found, "it must hold a number per line"):
         words = found.read_text(encoding="utf-8").split()
-    if wrong := [word for word in words if not word.isdigit()]:
+    if wrong := [word for word in words if not (word.isascii() and word.isdigit())]:
         raise ValueError(f"{found} holds {wrong[0]!r:.40}, but must hold a number per line")
     return [int(word) for word in words]
 

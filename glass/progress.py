@@ -293,6 +293,7 @@ def draw_confusion(confusion, labels, path):
 
     confusion: a list of rows of counts.
     """
+    labels = [label[:30] for label in labels]
     size = 2.5 + 0.6 * len(labels)
     pyplot, figure, axes = open_figure(figsize=(size + 0.5, size))
     axes.imshow(confusion, cmap="Blues")

@@ -192,7 +192,7 @@ def parse(text, hint):
     """
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
     choices = choices_of(hint)
     takes_text = str in choices or any(typing.get_origin(c) is typing.Literal for c in choices)

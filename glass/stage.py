@@ -34,6 +34,8 @@ class Stage:
         self.test_before = {}  # figures of the test split before training
         self.noted = []  # figures of the steps since the last line of the log
         self.examples = {split: self.encode(rows, split) for split, rows in records.splits.items()}
+        for split, rows in records.splits.items():
+            self.say_unknown(rows, split)
         for split in ("train", "val"):
             if not self.examples[split]:
                 raise ValueError(
@@ -86,11 +88,29 @@ class Stage:
         examples = self.examples["val"]
         return examples if n_rows is None else spread(examples, n_rows)
 
+    def say_unknown(self, rows, split):
+        """Say how many rows hold characters that the tokenizer does not know, if any do."""
+        find = self.tokenizer.unknown_characters
+        unknown = [[each for text in texts_of(row) for each in find(text)] for _, row in rows]
+        if n := sum(map(bool, unknown)):
+            such = next(filter(None, unknown))[0]
+            say(
+                f"{n} of {len(rows)} {split} rows hold characters that the tokenizer does not know, "
+                f"such as {such!r}"
+            )
+
     def say_left_out(self, n_rows, n_kept, split, why):
         """Say how many rows of a split were left out, if any were, and why."""
         if n_kept < n_rows:
             left_out = f"{n_rows - n_kept} of {n_rows} {split} rows are left out"
             say(f"{left_out}: {why}")
+
+
+def texts_of(row):
+    """All that a row says, as a list of texts."""
+    keys = ("text", "instruction", "input", "output", "chosen", "rejected")
+    texts = [row.get(key) or "" for key in keys]
+    return texts + [message["content"] for message in row.get("messages", ())]
 
 
 class Answered(NamedTuple):
