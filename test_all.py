@@ -7034,25 +7034,37 @@ def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(m
         path = name.removeprefix(fact.module + ".").split(".")
         assert functools.reduce(getattr, path, importlib.import_module(fact.module))
     rows = list(docs.docs_records(objects=40))
-    used = {(row["kind"], row["split"]) for row in rows}
-    for kind in ("does", "arguments", "module", "which", "exists", "unknown", "conversation"):
-        assert {(kind, "train"), (kind, "test")} <= used
-    assert ("unknown letters", "test") in used and ("unknown letters", "train") not in used
+    single, used = [], set()
     for row in rows:
-        if row["kind"].startswith("unknown"):
-            asked = re.search(r"I do not know (.*)\.", row["output"])[1]
-            assert asked in row["instruction"] and asked not in facts
-        elif row["kind"] == "does":
-            name = next(
-                name for name in sorted(facts, key=len, reverse=True) if name in row["instruction"]
-            )
-            assert row["output"] == facts[name].sentence
+        messages = chat.messages_of(row, "markers")
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        pairs = [
+            (q["content"], a["content"]) for q, a in zip(messages[::2], messages[1::2], strict=True)
+        ]
+        pairs = pairs[-1:] if row["kind"] == "later" else pairs  # what is before is from training
+        single += [(row["split"], *pair) for pair in pairs]
+        used.add((row["kind"], row["split"]))
+    for kind in ("does", "arguments", "module", "which", "exists", "unknown", "conversation"):
+        assert (kind, "test") in used and (kind, "train") not in used
+    assert ("several", "train") in used and ("later", "test") in used
+    unknown = {"train": set(), "val": set(), "test": set()}
+    for split, asked, said in single:
+        if made_up := re.search(r"I do not know (.*)\.", said):
+            assert made_up[1] in asked and made_up[1] not in facts
+            unknown[split].add(made_up[1])
+    assert unknown["train"] and not unknown["train"] & {*unknown["val"], *unknown["test"]}
     phrasings = {split: set() for split in ("train", "val", "test")}
     for row in rows:
-        if row["kind"] == "arguments":
+        messages = chat.messages_of(row, "markers")
+        if row["split"] == "train" or row["kind"] == "arguments":
+            for question, reply in zip(messages[::2], messages[1::2], strict=True):
+                names = [name for name in facts if name in question["content"]]
+                if names and reply["content"] == facts[max(names, key=len)].arguments:
+                    asked = question["content"].replace(max(names, key=len), "{}")
+                    phrasings[row["split"]].add(asked.lower().rstrip("?."))
+        if row["kind"] == "does":
             name = max((name for name in facts if name in row["instruction"]), key=len)
-            asked = row["instruction"].replace(name, "{}").lower().rstrip("?.")
-            phrasings[row["split"]].add(asked)
+            assert row["output"] == facts[name].sentence
     assert [len(phrasings[split]) for split in ("val", "test")] == [1, 3]
     assert len(phrasings["train"]) > 30
     assert not phrasings["train"] & phrasings["test"]

@@ -4,7 +4,7 @@ dataset = "docs"
 init_from = "out/docs"
 out_dir = "out/finetune_docs"
 
-batch_size = 16
+batch_size = 8
 gradient_accumulation_steps = 4
 optimizer = "muon"
 muon_lr = 0.02

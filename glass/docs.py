@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from glass.chat import messages_of
 from glass.phrasings import phrasings
 from glass.sources import ascii_text, python_sources
 
@@ -48,6 +49,8 @@ POLITE = (
 )
 POLITE_SHARE = 0.15
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
+LONGEST_TALK = 240  # characters of several questions and answers in one conversation
+LATER_SHARE = 0.1  # of the questions of the test: asked after another one too
 VAL_SHARE = 0.2  # of what could be asked for validation
 
 
@@ -217,8 +220,39 @@ def docs_records(objects=N_OBJECTS, seed=1337):
     """Yield the questions about the `objects` most used Facts, with their answers and splits.
 
     Each is a dict with the keys kind, instruction, output and split, or kind, messages and split.
+    People ask one thing after another, so most questions for training stand in conversations, of
+    which all answers are learned.
     """
     rng = random.Random(seed)
+    rows = list(single_questions(objects, rng))
+    training = [row for row in rows if row["split"] == "train"]
+    rng.shuffle(training)
+    yield from joined(training, rng)
+    for row in rows:
+        if row["split"] != "train":
+            yield row
+        if row["split"] == "test" and row["kind"] in ("does", "arguments", "module"):
+            if rng.random() < LATER_SHARE:
+                before = messages_of(rng.choice(training), "markers")
+                both = [*before, *messages_of(row, "markers")]
+                yield {"kind": "later", "messages": both, "split": "test"}
+
+
+def joined(rows, rng):
+    """Yield rows, some by themselves, others one after another in conversations."""
+    waiting, wanted = [], 1
+    for row in rows:
+        messages = messages_of(row, "markers")
+        length = sum(len(message["content"]) for message in [*waiting, *messages])
+        if waiting and (len(waiting) >= 2 * wanted or length > LONGEST_TALK):
+            yield {"kind": "several", "messages": waiting, "split": "train"}
+            waiting, wanted = [], rng.choice((1, 2, 2, 3, 3))
+        waiting = [*waiting, *messages]
+    yield {"kind": "several", "messages": waiting, "split": "train"}
+
+
+def single_questions(objects, rng):
+    """Yield rows, a question each, or a question and what is then asked about its answer."""
     every = read_facts()
     facts = every[:objects]
     shared = Counter(asked_as("which", fact) for fact in every)
@@ -318,7 +352,7 @@ def made_up_names(facts, known, rng):
         begin, here, after, rest = last[:i], last[i : i + 1], last[i + 1 : i + 2], last[i + 2 :]
         candidates = [(rng.choice(words), "unknown word", "test")]
         candidates.append((begin + after + here + rest, "unknown letters", "test"))
-        for split, share in (("train", 1), ("test", 0.5), ("val", VAL_SHARE / 2)):
+        for split, share in (("train", 1), ("train", 1), ("test", 0.5), ("val", VAL_SHARE / 2)):
             for last_part in (
                 rng.choice(last_parts),
                 last + rng.choice(last_parts),
