@@ -4255,9 +4255,12 @@ def test_the_answers_of_a_file_are_found_by_the_words_of_the_question(in_tmp_pat
     assert found["answer"] == "python train.py" and 0.6 < score < 1
     assert faq.find("completely unrelated")[0] == 0
     as_tuned = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
-    talk = [{"messages": [{"role": "user", "content": "And how?"}]}]
+    said = zip(("user", "assistant"), ("And how?", "So."), strict=True)
+    talk = [{"messages": [{"role": role, "content": text} for role, text in said]}]
     Path("tuned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*talk, *as_tuned]))
-    assert Faq("tuned.jsonl").find("train a model, how?") == faq.find("train a model, how?")
+    tuned = Faq("tuned.jsonl")
+    assert tuned.find("train a model?")[1] == faq.find("train a model?")[1]
+    assert tuned.find("And how?")[1]["answer"] == "So."
     Path("bad.jsonl").write_text('{"question": "a"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl line 1 has no answer"):
         Faq("bad.jsonl")

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 import model
-from glass import generate, looking, matches, sources, trace
+from glass import generate, looking, matches, records, sources, trace
 from glass.guard import ApiError
 from glass.library import describe_runs
 from glass.openai_json import Fields, check_text, wrong
@@ -45,7 +45,8 @@ SOURCES_OF = {  # of a view: the functions that make its numbers
 class Faq:
     """Questions with answers from a file, found again by TF-IDF over words.
 
-    A row has question and answer, or instruction and output, as data for finetune.py has.
+    A row has question and answer, or instruction and output, as data for finetune.py has; of a
+    conversation, the first question and its answer count.
     """
 
     def __init__(self, path):
@@ -54,8 +55,10 @@ class Faq:
             if "instruction" in row:
                 sources.check_keys(where, row, ("instruction", "output"))
                 row = {"question": row["instruction"], "answer": row["output"]}
-            elif "messages" in row:  # a conversation, whose answers depend on what went before
-                continue
+            elif "messages" in row:
+                records.check_messages(where, row["messages"])
+                asked, said = [message["content"] for message in row["messages"]][:2]
+                row = {"question": asked, "answer": said}
             sources.check_keys(where, row, ("question", "answer"))
             self.rows.append(row)
         if not self.rows:
