@@ -191,8 +191,8 @@ check("10.3", items_needed)
 # ## Do two models differ?
 #
 # Both models answered the same items. Items differ in difficulty, and both find the same ones hard, so the difference
-# is known better than either figure: look at each item's difference, and take the interval of its mean. `evaluate.py
-# --compare` does that.
+# is known better than if each model had had items of its own: look at each item's difference, and take the interval
+# of its mean. `evaluate.py --compare` does that.
 
 # %%
 difference = right_long.mean() - right_short.mean()

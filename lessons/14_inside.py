@@ -317,9 +317,9 @@ print(f"as it was: p({answer}) = {before[answer]:.2f}, p({new}) = {before[new]:.
 print(f"changed:   p({answer}) = {after[answer]:.2f}, p({new}) = {after[new]:.2f}")
 
 # %% [markdown]
-# One token, 17 positions back, was changed; the two lines give the probabilities of the old and of the new
-# one after position 40. Now change a line yourself: train with `smear=False` above, and see in the printed
-# losses what becomes of the induction head in as many steps.
+# The token at position 17, 23 positions back, was changed; the two lines give the probabilities of the old and of the
+# new one after position 40. Now change a line yourself: train with `smear=False` above, and see in the printed losses
+# what becomes of the induction head in as many steps.
 #
 # ## Where it happens
 #

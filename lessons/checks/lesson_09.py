@@ -83,19 +83,20 @@ def silent(answer):
     "Exchange the second and the third index, and reshape back.",
 )
 def to_halves(answer):
-    n_head, D, C, T = 3, 4, 5, 7
+    n_head, D, C, T = 3, 8, 5, 7
     generator = torch.Generator().manual_seed(4)
-    rows = torch.arange(12.0)[:, None].expand(12, C)
+    rows = torch.arange(24.0)[:, None].expand(24, C)
     given = ask(answer, rows.clone(), n_head)
-    expect(tuple(given.shape) == (12, C), "the shape must stay (H x D, C)")
+    expect(tuple(given.shape) == (24, C), "the shape must stay (H x D, C)")
     expect(
-        given[:4, 0].tolist() != [0, 2, 4, 6],
+        given[:8, 0].tolist() != [0, 2, 4, 6, 8, 10, 12, 14],
         "the heads are mixed: reorder within each head alone",
     )
-    expect(given[:4, 0].tolist() == [0, 2, 1, 3], f"head 0 becomes {given[:4, 0].tolist()}")
+    first = [int(row) for row in given[:8, 0]]
+    expect(first == [0, 2, 4, 6, 1, 3, 5, 7], f"the rows 0 to 7 of head 0 become {first}")
     q, k = (torch.randn(n_head * D, C, generator=generator) for _ in range(2))
     x = torch.randn(T, C, generator=generator)
-    angle = torch.arange(T)[:, None] * torch.tensor([1.0, 0.1])  # (T, D / 2)
+    angle = torch.arange(T)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])  # (T, D / 2)
     cos, sin = angle.cos(), angle.sin()
 
     def by_neighbours(w):  # as Meta's code rotates
