@@ -41,7 +41,17 @@ from glass.progress import Progress, described, draw_confusion, say, warned_abou
 from glass.records import read_records, spread
 from glass.run import resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, with_role
-from glass.stage import Answered, Stage, answer_logprobs, bag_of_tokens, labels_of
+from glass.stage import (
+    Answered,
+    Stage,
+    answer_logprobs,
+    answer_text,
+    ask,
+    bag_of_tokens,
+    labels_of,
+    mean_logprobs,
+    prompt_of,
+)
 from model import GPT, Free, GPTConfig, Tunable, require
 
 LORA = {"lora_rank", "lora_alpha", "lora_targets"}
@@ -322,25 +332,16 @@ class Instruct(Stage):
 
     def prompt(self, row):
         """The ids of a row's conversation up to where its answer begins."""
-        messages = messages_of(row, self.template)[:-1]
-        return encode_chat(self.tokenizer, messages, self.template, reply=True)[0]
+        return prompt_of(self.tokenizer, self.template, row)
 
     def answers(self, model, examples):
         """The model's greedy answers, as Answered."""
-        prompts = [self.prompt(example.row) for example in examples]
-        answers = answer(model, prompts, self.stop, self.settings.answer_tokens, temperature=0)
-        return [
-            Answered(prompt + ids, [False] * len(prompt) + [True] * len(ids), example.row)
-            for prompt, ids, example in zip(prompts, answers, examples, strict=True)
-        ]
+        rows = [example.row for example in examples]
+        return ask(model, self.tokenizer, self.template, rows, self.settings.answer_tokens)
 
     def texts(self, model, examples):
         """The model's greedy answers, as text."""
-        return [self.answer_text(answered) for answered in self.answers(model, examples)]
-
-    def answer_text(self, answered):
-        """What the assistant says last, as text."""
-        return self.text_of(answered.ids[len(self.prompt(answered.row)) :])
+        return [answer_text(self.tokenizer, each) for each in self.answers(model, examples)]
 
     def text_of(self, ids):
         """The text of an answer's ids, without the one that ends it."""
@@ -356,26 +357,11 @@ class Instruct(Stage):
         A right one equals the row's reference answer, space around it aside.
         """
         answers = self.answers(model, examples)
-        is_right = [
-            self.answer_text(answered).strip() == self.reference_answer(answered.row).strip()
-            for answered in answers
-        ]
+        is_right = []
+        for each in answers:
+            given = answer_text(self.tokenizer, each)
+            is_right.append(given.strip() == self.reference_answer(each.row).strip())
         return answers, is_right
-
-    @torch.no_grad()
-    def sureness(self, model, answers):
-        """The mean log-probability of the tokens of each answer: (answers,)."""
-        model.eval()
-        means, T = [], model.config.block_size  # of a long answer, the last T tokens count
-        for first in range(0, len(answers), 64):
-            batch = [
-                Answered(ids[-T:], is_answer[-T:], row)
-                for ids, is_answer, row in answers[first : first + 64]
-            ]
-            logprobs, is_scored = answer_logprobs(model, batch)  # (b, T - 1)
-            means.append((logprobs.sum(1) / is_scored.sum(1).clamp(min=1)).cpu())
-        model.train()
-        return torch.cat(means)
 
     def evaluate(self, model, context, processes, n_rows=None):
         figures = {"val_loss": self.answer_loss(model, self.val_examples(n_rows), context)}
@@ -383,9 +369,8 @@ class Instruct(Stage):
             chosen = spread(self.examples["val"], self.settings.eval_answers)
             answers, is_right = self.right_answers(model, chosen)
             figures["val_exact_match"] = sum(is_right) / len(is_right)
-            right = torch.tensor(is_right)
-            if right.any():
-                sureness = self.sureness(model, answers)[right]
+            if right := [each for each, good in zip(answers, is_right, strict=True) if good]:
+                sureness = mean_logprobs(model, right)
                 self.sure_above = sureness.quantile(1 - self.SURE_SHARE).item()
         return figures
 

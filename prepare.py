@@ -391,13 +391,15 @@ def prepare(settings):
         for path in input_files(settings):
             print(f"{path}: for evaluate.py --items {settings.name}")
         return folder
-    if (folder / META).is_file() and not settings.overwrite:
-        print(f"{folder} is prepared already: --overwrite=True makes it again")
+    if is_prepared(folder, settings):
         return folder
     check_foreign(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder, str(folder))
     try:
+        if is_prepared(folder, settings):  # by another process, while this one waited for the lock
+            return folder
+        check_making(folder / MAKING)
         files = input_files(settings)
         check_inputs(folder, files)
         (folder / MAKING).mkdir(exist_ok=True)
@@ -420,6 +422,30 @@ def prepare(settings):
     return folder
 
 
+def is_prepared(folder, settings):
+    """Whether the dataset is there, and is to stay; says so."""
+    if not (folder / META).is_file() or settings.overwrite:
+        return False
+    print(f"{folder} is prepared already: --overwrite=True makes it again")
+    return True
+
+
+def check_making(making):
+    """Raise ValueError if the folder of unfinished files is none of ours, or holds others' files.
+
+    What is in it is removed, or becomes part of the dataset.
+    """
+    if not making.exists() and not making.is_symlink():
+        return
+    if making.is_symlink() or not making.is_dir():
+        raise ValueError(f"{making} is no folder that prepare.py made: move it away")
+    own = {*made_files(making), making / PROGRESS, making / f"{PROGRESS}.part"}
+    if others := sorted(set(making.iterdir()) - own):
+        raise ValueError(
+            f"{making} holds {others[0].name}, which prepare.py did not make: move it away"
+        )
+
+
 def made_files(folder):
     """The files of the folder that have a name of a dataset's file, as a list of paths."""
     patterns = ("train_*.bin", "val_*.bin", "train.jsonl", "val.jsonl", "test.jsonl")
@@ -440,9 +466,9 @@ def check_foreign(folder, settings):
 def check_inputs(folder, files):
     """Raise ValueError if an input is a file that preparing replaces or removes."""
     taken = {*made_files(folder), *(folder / MAKING).glob("*"), folder / META}
-    taken = {path.resolve() for path in taken}
+    taken = {os.path.realpath(path) for path in taken}  # resolve() raises for a link to itself
     for path in files:
-        if path.resolve() in taken:
+        if os.path.realpath(path) in taken:
             raise ValueError(
                 f"--input {path} has the name of a file that preparing replaces: "
                 "move it elsewhere, or choose another name for the dataset"

@@ -52,6 +52,8 @@ class Settings(Drawing, ModelSettings):
         super().__post_init__()
         most = 10**7
         require(self, "max_new_tokens", lambda value: 1 <= value <= most, "lie in [1, 10,000,000]")
+        if "" in self.stop:
+            raise ValueError("stop='' would end every text at once: give a string, or leave it out")
         require(self, "num_samples", lambda value: 1 <= value <= 10**5, "lie in [1, 100,000]")
 
 
@@ -288,6 +290,8 @@ def main(argv):
     settings = configure(Settings, argv)
     exact = settings.export and settings.dtype == "auto"  # an export loses nothing
     loaded = load_model(settings, torch.float32 if exact else None)
+    if settings.export == "":
+        raise ValueError("export='' names no folder: give one")
     if settings.export and settings.quantize:
         raise ValueError(
             f"quantize={settings.quantize} does nothing to an export: leave one of them out"

@@ -2919,6 +2919,40 @@ def test_a_chat_on_facts_is_greedy_and_says_where_it_is_not_sure(long_base, caps
         assert ("(not sure: mean log-probability" in said("to ab")[0]) == doubts
 
 
+def test_bench_docs_counts_answers_and_refusals(long_base, capsys, monkeypatch):
+    from bench import docs as bench_docs
+
+    kinds = ("does", "arguments", "module", "unknown", "unknown word")
+    rows = [{"kind": kind, "instruction": f"to {kind}", "output": "be"} for kind in kinds]
+    texts = ["be", "I do not know it.", "be", "I do not know it.", "be"]
+    right = [text == "be" for text in texts]
+    table = bench_docs.by_kind(rows, right)
+    assert table["all real"] == (2 / 3, 3) and table["all made up"] == (1 / 2, 2)
+    sureness = [-0.1, -0.1, -9.0, -0.1, -0.5]
+    # real names are asked about in does and arguments: one of two says no, both lie below 0
+    shares = bench_docs.refusals(rows, texts, sureness, [-math.inf, -0.2, 0.0])
+    assert shares == ([0.5, 0.5, 1.0], [0.5, 1.0, 1.0])
+    folder = Path("data/docs")
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+    many = [
+        {"kind": "does", "instruction": f"to {a}{b}", "output": "be"}
+        for a in "abc"
+        for b in "abcdefgh"
+    ]
+    Path("orders.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    assert tune("instruct", capsys, "--max_iters=60", "--learning_rate=0.01")[0] == 0
+    words = ["--run=out/tuned", "--runs=out/tuned", "--ignorant=out/tuned"]
+    status, out, err = run_main(bench_docs.main, words, capsys)
+    assert status == 0, err
+    # the same run is no wiser than itself, and TF-IDF finds the questions that it is given
+    assert "0 bits of" in out and "mean does" in out
+    of_tfidf = out[out.index("TF-IDF") :]
+    assert re.search(r"all real +100.0% of 3", of_tfidf) and "0.0% of real" in of_tfidf
+
+
 def test_files_of_a_run_that_are_nested_without_end_or_of_another_kind_pass_as_torn(
     workdir, capsys
 ):
@@ -2970,6 +3004,26 @@ def test_what_is_asked_of_a_tuned_model_is_checked_row_by_row(long_base, capsys)
     Path("orders.jsonl").write_text(Path("orders.jsonl").read_text().replace('"to', '"\u00fcto', 3))
     status, out, _ = tune("instruct", capsys, out="odd")
     assert status == 0 and re.search(r"\d+ of \d+ train rows hold characters that", out)
+
+
+def test_a_stride_beyond_the_block_and_answers_of_no_option_are_refused(trained, capsys):
+    Path("t.txt").write_text(TEXT)
+    status, _, err = run_main(evaluate.main, ["--text", "t.txt", "--stride=4097"], capsys)
+    assert status == 2 and "stride=4097 must be at most block_size=" in err
+    blank = {"sentence": "the _ sat", "option1": "cat", "option2": "dog"}
+    options = {"continuation": "sat", "gold": 0}
+    for row, says in (
+        ({**blank, "answer": "0"}, "answer='0' must be 1 or 2"),
+        ({**options, "context_options": "the"}, "context_options='the' must be a list"),
+        ({**options, "context_options": ["the"]}, "must be a list of several texts"),
+    ):
+        Path("i.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=re.escape(says)):
+            items.read_items("i.jsonl")
+    with pytest.raises(ValueError, match="stop='' would end every text"):
+        sample.Settings(stop=[""])
+    status, out, err = run_main(sample.main, ["--export="], capsys)
+    assert status == 2 and "export='' names no folder" in err and not out
 
 
 @pytest.mark.parametrize("word", ["{[]}", "{{}}", "[" * 3000])
@@ -5706,6 +5760,44 @@ def test_shards_of_another_program_are_left_alone(in_tmp_path):
     with pytest.raises(ValueError, match="train_000000.bin, which prepare.py did not make"):
         make("own", "a.txt")
     assert Path("data/own/train_000000.bin").read_bytes() == b"theirs too"
+
+
+def test_what_others_left_in_the_folder_of_unfinished_files_stays(in_tmp_path):
+    Path("a.txt").write_text("some text " * 100)
+    making = Path("data/own/making")
+    making.mkdir(parents=True)
+    (making / "diary.txt").write_text("mine")
+    with pytest.raises(ValueError, match="making holds diary.txt"):
+        make("own", "a.txt")
+    assert (making / "diary.txt").read_text() == "mine" and not Path("data/own/meta.json").exists()
+    Path("docs").mkdir()
+    (making / "diary.txt").rename("docs/diary.txt")
+    making.rmdir()
+    making.symlink_to(Path("docs").resolve())
+    with pytest.raises(ValueError, match="making is no folder that prepare.py made"):
+        make("own", "a.txt")
+    assert Path("docs/diary.txt").read_text() == "mine"
+    making.unlink()
+    Path("loop.txt").symlink_to("loop.txt")
+    with pytest.raises((ValueError, OSError)):
+        make("own", "loop.txt")
+    make("own", "a.txt")
+    assert not making.exists()
+
+
+def test_a_dataset_that_another_process_made_meanwhile_stays(in_tmp_path, monkeypatch):
+    Path("a.txt").write_text("some text " * 100)
+    Path("b.txt").write_text("other text " * 100)
+    take = prepare.lock
+
+    def slow_lock(*arguments):  # the other process is done while this one waits
+        monkeypatch.setattr(prepare, "lock", take)
+        make("own", "a.txt")
+        return take(*arguments)
+
+    monkeypatch.setattr(prepare, "lock", slow_lock)
+    make("own", "b.txt")
+    assert "a.txt" in Path("data/own/meta.json").read_text()
 
 
 def test_two_prepares_of_one_dataset_do_not_mix(in_tmp_path):

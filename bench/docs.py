@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 
-import finetune
 from glass import weights
-from glass.chat import encode_chat, messages_of, stop_ids
+from glass.chat import encode_chat, messages_of
 from glass.files import replacing
 from glass.page import Faq
 from glass.records import spread
 from glass.settings import configure
 from glass.shards import folder_of
-from glass.stage import Answered, answer_logprobs
+from glass.stage import Answered, answer_logprobs, answer_text, ask, mean_logprobs
 
 PICTURE = Path("pictures/docs.png")
+LONGEST_ANSWER = 64  # tokens, as in finetune.py
 FACTS = ("does", "arguments", "module", "which")  # kinds of questions whose answers are facts
 
 
@@ -44,24 +44,19 @@ class Settings:
 
 
 class Run:
-    """A tuned model with the Instruct stage's way to ask it."""
+    """A tuned model that can be asked."""
 
     def __init__(self, folder):
         self.model, self.tokenizer, state = weights.load_run(folder, "best")
         self.model.eval()
-        self.stage = finetune.Instruct.__new__(finetune.Instruct)  # no rows to train on
-        self.stage.tokenizer, self.stage.template = self.tokenizer, state["task"]["template"]
-        self.stage.stop = stop_ids(self.tokenizer)
-        self.stage.settings = finetune.Settings(answer_tokens=64)
+        self.template = state["task"]["template"]
         self.sure_above = state["task"].get("sure_above") or -math.inf
 
     def ask(self, rows):
         """(texts, mean log-probabilities) of the greedy answers to rows."""
-        examples = [Answered([], [], row) for row in rows]
-        answers = self.stage.answers(self.model, examples)
-        return [self.stage.answer_text(a) for a in answers], self.stage.sureness(
-            self.model, answers
-        )
+        answers = ask(self.model, self.tokenizer, self.template, rows, LONGEST_ANSWER)
+        texts = [answer_text(self.tokenizer, each) for each in answers]
+        return texts, mean_logprobs(self.model, answers)
 
     @torch.no_grad()
     def bits(self, rows):
@@ -70,8 +65,8 @@ class Run:
         for first in range(0, len(rows), 64):
             batch = []
             for row in rows[first : first + 64]:
-                messages = messages_of(row, self.stage.template)
-                ids, is_answer = encode_chat(self.tokenizer, messages, self.stage.template)
+                messages = messages_of(row, self.template)
+                ids, is_answer = encode_chat(self.tokenizer, messages, self.template)
                 batch.append(Answered(ids, is_answer, row))
             logprobs, _ = answer_logprobs(self.model, batch)
             found.append(-logprobs.sum(1) / math.log(2))
@@ -88,7 +83,7 @@ def reference(row):
 
 
 def by_kind(rows, is_right):
-    """The share of right answers of each kind, a dict; "all" is over the real things alone."""
+    """(share of right answers, number) of each kind, of all real and of all made-up things: a dict."""
     right, asked = Counter(), Counter()
     for row, good in zip(rows, is_right, strict=True):
         kind = row["kind"]
@@ -99,7 +94,10 @@ def by_kind(rows, is_right):
 
 
 def ask_tfidf(dataset, rows):
-    """(answers, seconds of all, bytes of its table): the answer of the most similar training row."""
+    """(rows, answers, seconds, bytes): the answers of the most similar questions of training.
+
+    Only rows of one question are asked, because TF-IDF knows no conversation.
+    """
     faq = Faq(folder_of(dataset) / "train.jsonl")
     single = [row for row in rows if "instruction" in row]
     started_at = time.perf_counter()
@@ -173,8 +171,8 @@ def main(argv):
         is_right = [t.strip() == reference(r).strip() for t, r in zip(texts, rows, strict=True)]
         tables.append(by_kind(rows, is_right))
         real, made_up = refusals(rows, texts, sureness, [-math.inf, run.sure_above])
-        n_bytes = sum(p.numel() for p in run.model.parameters()) * 4
-        print(f"{folder}: {1000 * seconds / len(rows):.1f} ms an answer, {n_bytes:,} bytes")
+        n_weights = run.model.parameter_count()
+        print(f"{folder}: {1000 * seconds / len(rows):.1f} ms an answer, {4 * n_weights:,} bytes")
         for name, (share, n) in tables[-1].items():
             print(f"  {name:16} {share:6.1%} of {n}")
         for says, i in (("by its words", 0), (f"or less sure than {run.sure_above:.3f}", 1)):
@@ -183,7 +181,6 @@ def main(argv):
             draw_refusals(rows, texts, sureness, run.sure_above)
         if s.ignorant:
             bits, n = bits_of_fact(run, Run(s.ignorant), all_rows)
-            n_weights = run.model.parameter_count()
             print(f"  {bits:,.0f} bits of {n:,} facts, {bits / n_weights:.4f} a weight")
     if s.runs:
         for name in tables[0]:
@@ -195,6 +192,8 @@ def main(argv):
         print(f"TF-IDF: {1000 * seconds / len(single):.1f} ms an answer, {n_bytes:,} bytes")
         for name, (share, n) in by_kind(single, is_right).items():
             print(f"  {name:16} {share:6.1%} of {n}")
+        real, made_up = refusals(single, answers, [0.0] * len(single), [-math.inf])
+        print(f"  refused by its words: {real[0]:.1%} of real, {made_up[0]:.1%} of made-up names")
     if s.questions:
         run = Run(s.run)
         lines = Path(s.questions).read_text(encoding="utf-8").splitlines()

@@ -164,7 +164,12 @@ def query_item(row, where):
 
 def schema_item(row, where):
     """Several contexts with one ending: which context makes the ending likeliest?"""
-    contexts = [check_text(text, where) for text in row["context_options"]]
+    options = row["context_options"]
+    if not isinstance(options, list) or len(options) < 2:
+        raise ValueError(
+            f"{where}: context_options={options!r:.40} must be a list of several texts: correct it"
+        )
+    contexts = [check_text(text, where) for text in options]
     ending, gold = check_text(row["continuation"], where), row["gold"]
     if type(gold) is not int or not 0 <= gold < len(contexts):
         raise ValueError(f"{where}: gold={gold!r} must be the index of a context: correct it")
@@ -216,6 +221,8 @@ def winogrande_item(row, where):
     before, _, after = row["sentence"].partition("_")
     contexts = [before + row["option1"], before + row["option2"]]
     gold, ending = int(row["answer"]) - 1, " " + after.strip()
+    if gold not in (0, 1):
+        raise ValueError(f"{where}: answer={row['answer']!r} must be 1 or 2: correct it")
     pairs = [(context, ending) for context in contexts]
     return Item(where, pairs, gold, [ending] * 2, "".join(pairs[gold]))
 

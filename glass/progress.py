@@ -204,7 +204,7 @@ def read_metrics(path):
                 isinstance(value, int | float | types.NoneType) for value in line.values()
             )
             is_ours = is_ours and all(type(line.get(key)) is int for key in ("step", "tokens"))
-        except ValueError:
+        except (ValueError, RecursionError):
             is_ours = False
         if is_ours:
             lines.append(line)

@@ -172,6 +172,8 @@ def text_logprobs(model, tokenizer, text, stride=None):
     """(ids, log-probabilities) of a text: every id that is scored, and a float64 tensor (n,)."""
     begin, ids = beginning(tokenizer), tokenizer.encode(text)
     block_size = model.config.block_size
+    if stride and stride > block_size:
+        raise ValueError(f"stride={stride} must be at most block_size={block_size}")
     rows = windows_of(ids, begin, block_size, stride or block_size)
     nothing = torch.empty(0, dtype=torch.float64)
     logprobs = torch.cat([nothing, *(logprobs for logprobs, _ in score_rows(model, rows))])

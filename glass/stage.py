@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from glass.chat import stop_ids, template_for
-from glass.generate import padded
+from glass.chat import encode_chat, messages_of, stop_ids, template_for
+from glass.generate import answer, padded
 from glass.progress import say
 from glass.records import StepOrder, spread
 
@@ -134,6 +134,51 @@ def answer_logprobs(model, examples):
     logprobs = -F.cross_entropy(logits, idx[:, 1:][is_scored], reduction="none")  # (scored,)
     zeros = torch.zeros(is_scored.shape, device=logprobs.device)
     return zeros.masked_scatter(is_scored, logprobs), is_scored
+
+
+def prompt_of(tokenizer, template, row):
+    """The ids of a row's conversation up to where its answer begins."""
+    return encode_chat(tokenizer, messages_of(row, template)[:-1], template, reply=True)[0]
+
+
+def ask(model, tokenizer, template, rows, longest):
+    """The model's greedy answers to rows, each of at most `longest` tokens: a list of Answered.
+
+    What a row answers itself is left out; the answer takes its place.
+    """
+    prompts = [prompt_of(tokenizer, template, row) for row in rows]
+    answers = answer(model, prompts, stop_ids(tokenizer), longest, temperature=0)
+    return [
+        Answered(prompt + ids, [False] * len(prompt) + [True] * len(ids), row)
+        for prompt, ids, row in zip(prompts, answers, rows, strict=True)
+    ]
+
+
+def answer_text(tokenizer, answered):
+    """The text of the answers in an Answered, without the tokens that end them."""
+    stop = stop_ids(tokenizer)
+    pairs = zip(answered.ids, answered.is_answer, strict=True)
+    return tokenizer.decode([token for token, counts in pairs if counts and token not in stop])
+
+
+@torch.no_grad()
+def mean_logprobs(model, answers):
+    """The mean log-probability of the answers' tokens, for a list of Answered: (answers,).
+
+    Of more tokens than the model's block, the last ones count. The model is in evaluation mode
+    meanwhile.
+    """
+    was_training, T, means = model.training, model.config.block_size, []
+    model.eval()
+    for first in range(0, len(answers), 64):
+        batch = [
+            each._replace(ids=each.ids[-T:], is_answer=each.is_answer[-T:])
+            for each in answers[first : first + 64]
+        ]
+        logprobs, is_scored = answer_logprobs(model, batch)  # (b, T - 1)
+        means.append((logprobs.sum(1) / is_scored.sum(1).clamp(min=1)).cpu())
+    model.train(was_training)
+    return torch.cat(means)
 
 
 def bag_of_tokens(train_examples, test_examples, vocab_size):
