@@ -83,8 +83,8 @@ print(by_words.decode(by_words.encode("The river runs to the lake.")))
 #
 # ## By characters, by bytes
 #
-# Characters need a far smaller vocabulary, and no word is unknown any more. But a text has more tokens, and a
-# character that the training text did not have is still unknown.
+# In a long text, characters need a far smaller vocabulary than words, and no word is unknown any more. But a text has
+# more tokens, and a character that the training text did not have is still unknown.
 #
 # Bytes end that. A file stores text as bytes, in the encoding **UTF-8**: one byte for a character of ASCII
 # (English letters, digits, common signs), and two to four bytes for every other character. There are 256
@@ -220,7 +220,8 @@ for parts in tokenizer.merge_steps(b" statements"):
     print(bpe.paint(parts))
 
 # %% [markdown]
-# Each line is one merge. The pieces in the last line are the tokens.
+# The first line is the single bytes, and each further line is one merge more. The pieces in the last line are the
+# tokens.
 #
 # **Exercise 1.4** Write `encode_word(word, ranks)`: the ids of one word, given as bytes. `ranks` is a dict
 # from the bytes of a token to its id; it has all 256 single bytes. Your function is compared with

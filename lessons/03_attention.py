@@ -119,7 +119,7 @@ print("largest difference from model.py:", (theirs[0, 0] - own).abs().max().item
 #
 # The product of two random vectors with D entries of variance 1 has variance D. Without the division scores grow with
 # the size of a head, and softmax turns large scores into a choice of a single position: all weight in one place, and
-# almost no gradient for the others, so training can hardly change them.
+# almost no gradient to any score, so training can hardly change them.
 
 # %%
 for size in (4, 64, 1024):

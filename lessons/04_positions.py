@@ -2,7 +2,7 @@
 # # 04 Positions
 #
 # After this lesson you can
-# - show that attention alone does not know the order of the past,
+# - show that one layer of attention alone does not know the order of the past,
 # - add learned positions to a model, and say what they cost and where they end,
 # - write RoPE as a rotation of pairs of channels, and prove that distance alone decides,
 # - say what theta, Llama 3.1's scaling and QK-norm change, in numbers.
@@ -35,10 +35,11 @@ from model import (
 # %% [markdown]
 # ## Attention does not know the order
 #
-# In lesson 03 a weight came from the content of two positions alone. The mask hides what comes later, but of
-# the past it says nothing: which token is near and which is far makes no difference. So if the earlier tokens
-# change places, the last position gets the same output. For language that is not enough: "dog bites man" is
-# not "man bites dog".
+# In lesson 03 a weight came from the content of two positions alone. The mask hides what comes later, but of the past
+# it says nothing: which token is near and which is far makes no difference. So if the earlier tokens change places,
+# the last position gets the same output. (This is exact for one layer. In a second layer the earlier positions have
+# seen different pasts already, so a deep model can learn something about order from the mask alone: Haviv et al.
+# 2022, arXiv:2203.16634.) For language that is not enough: "dog bites man" is not "man bites dog".
 
 # %%
 torch.manual_seed(0)
@@ -295,10 +296,11 @@ picture("04_wavelengths")
 # %% [markdown]
 # ## Llama 3.1: a longer context
 #
-# Llama 3 reads 8,192 positions, Llama 3.1 reads 131,072. At position 100,000 a slow pair has an angle that it
-# never has within the first 8,192. So Llama 3.1 slows the slow pairs down by a factor of 8. It leaves the
-# fast ones as they are: they have been all the way round already, and near tokens must look as they did. What
-# decides is how many turns a pair makes within 8,192 positions, $n = 8192\,w / 2\pi$:
+# Llama 3 reads 8,192 positions, Llama 3.1 reads 131,072. At position 100,000 a slow pair has an angle that it never
+# has within the first 8,192. So Llama 3.1 slows the slow pairs down by a factor of 8. That alone is not enough, since
+# 131,072 / 8 is still 16,384; the model was also trained on, on long texts. It leaves the fast ones as they are: they
+# have been all the way round already, and near tokens must look as they did. What decides is how many turns a pair
+# makes within 8,192 positions, $n = 8192\,w / 2\pi$:
 #
 # - more than 4 turns (`high_freq_factor`): w stays,
 # - less than 1 turn (`low_freq_factor`): w becomes w / 8,

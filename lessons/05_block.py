@@ -270,9 +270,9 @@ for depth in (6, 24, 96):
     )
 
 # %% [markdown]
-# With the norm after each sum the gradient grows strongly with the depth. With the norm before each part it
-# grows little. Xiong et al. (below) study this in transformers: those with the norm after the sum need a
-# warm-up (lesson 06) to train at all well.
+# With the norm after each sum the gradient grows strongly with the depth. With the norm before each part it grows
+# little. Xiong et al. (below) study transformers, where it shows at the other end: with the norm after the sum the
+# gradients near the output are large at first, so these models need a warm-up (lesson 06).
 
 # %% [markdown]
 # ## Dropout
@@ -375,10 +375,10 @@ check("5.4", llama3_8b)
 # %% [markdown]
 # ## Break it
 #
-# Leave the residual sum around the MLP out, and let a block give back what the MLP found, and nothing else.
-# What happens to the differences between positions? Below is the part of the vectors' length that is not
-# common to positions 16 to 31 of a text: it is 1 if they have nothing in common, and 0 if they are all the
-# same. The model is untrained.
+# Leave the residual sum around the MLP out, and let a block give back what the MLP found, and nothing else. What
+# happens to the differences between positions? Below is the part of the vectors' length that is not common to
+# positions 16 to 31 of a text: it is nearly 1 if they have nothing in common, and 0 if they are all the same. The
+# model is untrained.
 
 # %%
 model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=12, n_head=4, n_embd=C)).eval()
@@ -396,9 +396,10 @@ with torch.no_grad():
                 print(f"sum {residual!s:5}, block {number:2}: {own_part:.2f} is not common")
 
 # %% [markdown]
-# With the sums the positions stay apart. Without this one they become more and more alike: attention averages
-# the past in every block, and no copy of what a position was before is kept beside it. The head can then
-# hardly tell them apart.
+# With the sums the positions stay apart. Without this one they become more and more alike. The sum around attention
+# is still there, but a block now hands on only the small output of an untrained MLP, and attention reads a normalised
+# copy of it. So the average of the past that attention adds is a large part of the stream in every block. The head
+# can then hardly tell positions apart.
 #
 # In `model.py`, change the last line of `Block.forward` to `return self.mlp(self.mlp_norm(x))`, run
 # `python train.py config/llama3_tiny.py --dataset=pydoc --max_iters=100`, which takes about a minute, with

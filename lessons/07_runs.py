@@ -101,6 +101,7 @@ print(
 
 # %%
 state = checkpoint.load(Path(folder.name) / "out" / "whole")
+del state["path"]  # where it was read from
 for name, value in state.items():
     print(f"{name:28} {type(value).__name__:6} {value if isinstance(value, (int, float)) else ''}")
 

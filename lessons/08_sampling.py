@@ -276,4 +276,4 @@ print("difference at the twelfth token:", round((wrong - whole)[0, 11].abs().max
 # ## To read
 # - Holtzman et al. 2019, "The curious case of neural text degeneration", arXiv:1904.09751: top-p.
 # - Nguyen et al. 2024, "Turning up the heat: min-p sampling", arXiv:2407.01082.
-# - Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339: outliers.
+# - Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339: outliers of the activations.

@@ -33,9 +33,9 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## What is published
 #
-# A model on the Hugging Face hub is a folder: `config.json` says the shape, `model.safetensors` holds the weights, and
-# `tokenizer.json` the tokenizer. Here we make such a folder ourselves, with a GPT-2 of two blocks and random weights,
-# so that nothing has to be downloaded. The names and shapes are those of the real files.
+# A model on the Hugging Face hub is a folder: `config.json` says the shape, `model.safetensors` holds the weights,
+# and `tokenizer.json` the tokenizer. Here we make such a folder ourselves, with a GPT-2 of two blocks and random
+# weights, so that nothing has to be downloaded. The names and shapes are those that `transformers` writes.
 
 # %%
 V, C, H, L, T_MAX = 50, 32, 4, 2, 16
@@ -170,14 +170,15 @@ assert difference < 1e-4, difference
 print(f"largest logit {theirs.abs().max():.1f}, largest difference {difference:.1e}")
 
 # %% [markdown]
-# A difference of some 1e-6 is rounding: float32 keeps 24 bits, and sums in another order round otherwise. Anything
-# larger has a cause.
+# A difference of some 1e-6 is rounding: float32 keeps 24 bits, and sums in another order round otherwise. It grows
+# with the logits and with the depth, so judge a difference beside the largest logit: what is far above a millionth of
+# it has a cause.
 #
 # ## What a mistake looks like
 #
-# Most mistakes raise no error, because the shapes fit. Here are some that people have really made, and how far each
-# moves the logits. Read the picture from below: the smaller a difference, the harder it is to notice by reading the
-# text that the model writes.
+# Most mistakes raise no error, because the shapes fit. Here are some that are easy to make, and how far each moves
+# the logits. Read the picture from below: the smaller a difference, the harder it is to notice by reading the text
+# that the model writes.
 
 
 # %%

@@ -269,7 +269,7 @@ check("10.4", shares_words)
 # Let the context's last space stay with the context. Words begin with their space in most tokenizers, so the ending
 # is then cut into tokens that the model never saw after such a context. With GPT-2's tokenizer `"The capital is "` +
 # `"Paris"` is scored far lower than `"The capital is"` + `" Paris"`. `encode_pair` in `glass/score.py` moves the
-# space; take that out and run `python -m pytest test_all.py -k ending`.
+# space; take that out and run this cell again: its last line then ends the context with the space.
 
 # %%
 merges = bpe.BPETokenizer.train([text], 300)

@@ -272,7 +272,8 @@ check("11.3", lora_weights)
 # %% [markdown]
 # ## Break it
 #
-# Read the first token instead of the last. It has seen one character of the line.
+# Read the first token instead of the last, in the model that was trained to be read at the last. It has seen one
+# character of the line, and was never trained to say anything there.
 
 # %%
 model, _ = tuned["all"]

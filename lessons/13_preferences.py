@@ -206,8 +206,8 @@ group_advantages = None
 check("13.4", group_advantages)
 
 # %% [markdown]
-# Two arms: the first pays 1 in 80 of 100 pulls, the second in 20. The policy is one logit for each. It begins by
-# preferring the bad arm. An "answer" is one token: which arm to pull.
+# A slot machine has two arms: a pull of the first pays 1 with probability 0.8, of the second with 0.2, and else 0.
+# The policy is one logit for each. It begins by preferring the bad arm. An "answer" is one token: which arm to pull.
 
 # %%
 settings = SimpleNamespace(clip=0.2, kl_coef=0.0)
@@ -248,30 +248,31 @@ picture("13_arms")
 # %% [markdown]
 # ## Break it
 #
-# Leave the mean out and take the reward itself as advantage. All rewards are 0 or 1, so nothing is ever pushed down;
-# the arm that is pulled more often is pushed up more often. In `finetune.py` it is the line `advantages = (rewards -
-# mean) / ...`.
+# Leave the mean out and take the reward itself as advantage. Then no answer is ever made less likely by itself. On
+# average this still goes the right way, because softmax lowers one arm when the other rises, and the good arm's pulls
+# are rewarded more often. What grows is the noise: a single group pushes the wrong way more often. Below, the push is
+# the gradient of the sum of advantage times ln p in the logits, advantage times (one-hot - p). In `finetune.py` it is
+# the line `advantages = (rewards - mean) / ...`.
 
 
 # %%
-def drift(subtract_mean):
-    """The mean push of each arm's logit over many groups of 8, when the bad arm is pulled in 88 of 100."""
+def push_of_a_group(subtract_mean, groups=2000):
+    """(mean, spread, share below 0) of the push of the good arm's logit; groups of 8."""
     torch.manual_seed(0)
-    p = F.softmax(torch.tensor([-1.0, 1.0]), dim=0)
-    pushes = torch.zeros(2)
-    for _ in range(2000):
+    p, pushes = F.softmax(torch.tensor([-1.0, 1.0]), dim=0), []
+    for _ in range(groups):
         pulled = torch.multinomial(p, 8, replacement=True)
         rewards = (torch.rand(8) < PAYS[pulled]).float()
         weights = rewards - rewards.mean() if subtract_mean else rewards
-        for arm, weight in zip(pulled.tolist(), weights.tolist(), strict=True):
-            pushes[arm] += weight
-    return (pushes / 2000).tolist()
+        pushes.append((weights[:, None] * (F.one_hot(pulled, 2) - p)).sum(0)[0])
+    pushes = torch.stack(pushes)
+    return pushes.mean().item(), pushes.std().item(), (pushes < 0).float().mean().item()
 
 
 for subtract_mean in (True, False):
-    good_arm, bad_arm = drift(subtract_mean)
+    mean, spread, wrong = push_of_a_group(subtract_mean)
     name = "reward - mean" if subtract_mean else "reward alone"
-    print(f"{name:14} pushes a group gives: good arm {good_arm:+.3f}, bad arm {bad_arm:+.3f}")
+    print(f"{name:14} good arm {mean:+.3f} a group, spread {spread:.3f}, {wrong:.0%} the wrong way")
 
 # %% [markdown]
 # ## Where it happens

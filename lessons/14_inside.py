@@ -25,10 +25,10 @@ from train import Settings
 # %% [markdown]
 # ## A text that can only be copied
 #
-# A row of this text is n random tokens, said again and again until T tokens are full. The length n differs
-# from row to row, so counting positions does not help. The first n tokens cannot be predicted: with V = 16
-# tokens the best loss is ln 16. From then on every token can be known: find the earlier copy of the
-# present token, and say what came after it.
+# A row of this text is n random tokens, said again and again until T tokens are full. The length n differs from row
+# to row, so counting positions does not help. The first n tokens cannot be predicted: with V = 16 tokens the best
+# loss is ln 16. From token n + 1 on every token can be known: find the place where the text said the same before, and
+# say what came next there. (One token often stands at several places, so the tokens before it help to choose.)
 
 # %%
 V, T = 16, 48

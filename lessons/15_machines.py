@@ -243,5 +243,6 @@ print("the two processes' weights differ by", distance(first, second))
 #
 # ## To read
 # - Li et al. 2020, "PyTorch distributed: experiences on accelerating data parallel training", arXiv:2006.15704.
-# - Rajbhandari et al. 2019, "ZeRO", arXiv:1910.02054: the table above.
+# - Rajbhandari et al. 2019, "ZeRO", arXiv:1910.02054: the idea of the table above, in mixed precision
+#   (2, 2 and 12 bytes a parameter).
 # - Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277.

@@ -23,7 +23,8 @@ def refused(answer):
     expect("eval_interval" not in answer, "evaluating more often changes no weight")
     expect("weight_decay" not in answer, "weight_decay may change, as the learning rate may")
     needed = {"n_layer", "qk_norm", "dataset"}
-    expect(answer == needed, f"missing: {' '.join(sorted(needed - answer)) or 'nothing'}")
+    expect(answer <= needed, f"not in the list: {' '.join(sorted(answer - needed))}")
+    expect(answer == needed, f"missing: {' '.join(sorted(needed - answer))}")
     return "qk_norm has no weights at all, and still the weights were trained with it."
 
 

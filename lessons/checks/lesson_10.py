@@ -45,6 +45,8 @@ def shares_words(answer):
     text = "The old man went down to the sea and looked at the sky ."
     expect(ask(answer, "he went DOWN to the sea", text, 4), "case is not to matter")
     expect(not ask(answer, "he went to the sea down", text, 4), "the words must be in a row")
+    expect(not ask(answer, "he old man went", text, 4), "`he` is not a word there: compare words")
+    expect(not ask(answer, "under the sky .", text, 4), "four of its words must be in a row there")
     expect(not ask(answer, "went down", text, 4), "an item of fewer than n words shares none")
     expect(ask(answer, "at the sky .", text, 4), "the text's last n words count too")
     return "13 is long enough that ordinary phrases do not count."
