@@ -3046,6 +3046,11 @@ def test_sizes_without_sense_are_refused_before_anything_is_made(long_base, caps
     assert status == 2 and "group_size=1000000 must be at most 4,096" in err
 
 
+def test_a_base_that_is_not_trained_yet_is_called_that(base, capsys):
+    status, _, err = tune("instruct", capsys, "--init_from=out/nosuch")
+    assert status == 2 and "out/nosuch holds no run yet: train it first" in err
+
+
 def test_a_published_config_is_checked_by_type(tmp_path):
     model = tiny_model(n_embd=16, n_head=1, tie_weights=True, bias=True)
     model.save_pretrained(tmp_path / "m")
