@@ -59,6 +59,9 @@ class Settings:
     def __post_init__(self):
         from model import require
 
+        if self.save == "":
+            raise ValueError("save='' names no file: give one, or leave it out")
+
         require(self, "stride answer_tokens limit", lambda value: value >= 1, "be at least 1")
         require(self, "shots", lambda value: value >= 0, "not be negative")
 
@@ -275,7 +278,7 @@ def read_rows(name, limit):
     from glass.shards import folder_of
 
     path = Path(name)
-    if path.suffix not in sources.TABLES:
+    if path.suffix.lower() not in sources.TABLES:
         path = folder_of(name) / "test.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name a dataset that is prepared, or a file")
@@ -294,7 +297,8 @@ def measure_answers(loaded, settings):
     template = loaded.chat_template or "alpaca"
     check = read_checker(settings.checker)
     room = loaded.model.config.block_size - settings.answer_tokens
-    prompts, kept, left_out = [], [], 0
+    prompts, kept, left_out, unknown = [], [], 0, 0
+    find = loaded.tokenizer.unknown_characters
     for where, row in rows:
         records.check_row(where, row, "instruct")
         messages = chat.messages_of(row, template)
@@ -302,6 +306,7 @@ def measure_answers(loaded, settings):
         if len(ids) > room:
             left_out += 1
             continue
+        unknown += any(find(message["content"]) for message in messages)
         prompts.append(ids)
         kept.append((row, messages[-1]["content"]))
     if not kept:
@@ -318,7 +323,8 @@ def measure_answers(loaded, settings):
         is_right = check(row, text) if check else text.strip() == expected.strip()
         parts.append(float(is_right))
         kinds.setdefault(row.get("kind"), []).append(parts[-1])
-    notes = {"longer than the block": left_out} if left_out else {}
+    notes = {"longer than the block": left_out, "with unknown characters": unknown}
+    notes = {name: value for name, value in notes.items() if value}
     figures = [share(f"answers {task}", "exact" if not check else "checked", parts, **notes)]
     for kind, found in kinds.items():
         if kind is not None and len(kinds) > 1:
@@ -373,7 +379,9 @@ def measure_classes(loaded, settings):
             predicted = loaded.model.classify(*padded(ids, loaded.model.device)).argmax(-1).tolist()
         found = zip(batch, predicted, strict=True)
         parts += [float(labels[i] == row["label"]) for (_, row), i in found]
-    return [share(f"classes {task}", "acc", parts, 1 / len(labels))]
+    unknown = sum(bool(loaded.tokenizer.unknown_characters(row["text"])) for _, row in rows)
+    notes = {"with unknown characters": unknown} if unknown else {}
+    return [share(f"classes {task}", "acc", parts, 1 / len(labels), **notes)]
 
 
 # All together.

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import bpe
 import train
 from glass import checkpoint, weights
-from glass.chat import MARKERS, encode_chat, encode_for_class, messages_of
+from glass.chat import MARKERS, Template, encode_chat, encode_for_class, messages_of
 from glass.device import (
     Processes,
     autocast,
@@ -84,7 +84,7 @@ class Settings(train.Settings):
     prefix_weight: Tunable[float] = 0.0  # weight of classifying every prefix of a text too
     lm_weight: float = 0.0  # weight of predicting the text itself, beside its class
     # instruct, prefer, reinforce
-    template: str = "auto"  # markers | alpaca | llama3 | chatml; auto: by the tokenizer's markers
+    template: Template = "auto"  # of a conversation; auto: by the tokenizer's markers
     exact_match: Free[bool | Literal["auto"]] = "auto"  # score exact matches; auto: by the rows
     answer_tokens: Tunable[int] = 64  # longest answer that the model may give
     eval_answers: Free[int] = 200  # validation rows that are answered at an evaluation
@@ -161,8 +161,8 @@ class Classify(Stage):
         for where, row in rows:
             if row["label"] not in self.labels:
                 raise ValueError(
-                    f"{where}: label={row['label']!r} does not occur in the training rows: "
-                    f"use one of {' '.join(self.labels)}"
+                    f"{where}: label={row['label']!r:.40} does not occur among the training rows, "
+                    f"which have {' '.join(self.labels)[:200]}: add rows of it, or correct it"
                 )
             ids, was_cut = encode_for_class(self.tokenizer, row["text"], self.longest)
             examples.append(Labelled(ids, self.labels.index(row["label"])))
@@ -827,6 +827,11 @@ def main(argv):
     if device.type == "cpu":
         keep_freed_memory()
     model, tokenizer = build_model(s, records, state)
+    if given.get("block_size", 0) > model.config.block_size:
+        raise ValueError(
+            f"block_size={s.block_size} but the model that is tuned has "
+            f"{model.config.block_size} positions: lower it, or leave it out"
+        )
     freeze(model, s)
     stage = STAGES[s.task](s, records, model.to(device), tokenizer)
     sizes = ", ".join(f"{len(examples)} {split}" for split, examples in stage.examples.items())

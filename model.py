@@ -127,8 +127,6 @@ class GPTConfig:
                 f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
                 "change either"
             )
-        if (self.lora_rank or 0) > self.n_embd:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at most n_embd={self.n_embd}")
         if self.head_dim is None:
             raise ValueError(
                 f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, "
@@ -420,6 +418,8 @@ def make_linear(config, name, n_in, n_out, bias):
     """The linear layer called `name` of a block, with LoRA where the config asks for it."""
     if config.lora_rank is None or name not in config.lora_targets.split():
         return nn.Linear(n_in, n_out, bias)
+    if config.lora_rank > config.n_embd:
+        raise ValueError(f"lora_rank={config.lora_rank} must be at most n_embd={config.n_embd}")
     return LoRALinear(n_in, n_out, bias, config.lora_rank, config.lora_alpha)
 
 

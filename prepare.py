@@ -42,6 +42,8 @@ from glass.sources import SOURCES, fetch, find_file, parse_json
 PIECE = 100_000  # characters that one call of a tokenizer gets
 BATCH = 500_000  # characters that one call of a worker gets
 BLOCK = 1 << 18  # bytes read from a file at a time
+LONGEST_LINE = 1 << 28  # bytes of a JSON line, which is read whole
+OTHER_FORMATS = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # they begin so
 SAVE_SECONDS = 2.0  # between two writes of the progress
 PROGRESS = "progress.json"  # how far an interrupted run got
 TRAINED_ON = 100_000_000  # a tokenizer is trained on this many characters of a long text
@@ -83,6 +85,13 @@ class Settings:
                 f"objects={self.objects} is for python prepare.py docs, and at least 1: "
                 "leave it out"
             )
+        if source and (source.records or source.kind == "choices"):
+            for name in ("tokenizer", "val_fraction"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} would do nothing to {self.name}, which has "
+                        "rows with splits of their own and no tokens: leave it out"
+                    )
         if not self.tokenizer:
             self.tokenizer = source.tokenizer if source else "gpt2"
         if self.val_fraction is None:
@@ -173,7 +182,7 @@ def pieces_of_file(path, errors):
             try:
                 rest += decoder.decode(block)
             except UnicodeDecodeError as error:
-                raise not_utf8(path, done + error.start) from None
+                raise not_utf8(path, f"byte {done + error.start:,}") from None
             done = file.tell() - len(decoder.getstate()[0])
             used = 0
             for piece in bpe.pieces_of(rest, PIECE):
@@ -185,14 +194,17 @@ def pieces_of_file(path, errors):
     try:
         rest += decoder.decode(b"", final=True)
     except UnicodeDecodeError:
-        raise not_utf8(path, done) from None
+        raise not_utf8(path, f"byte {done:,}") from None
     yield from bpe.pieces_of(rest, PIECE)
 
 
-def not_utf8(path, offset):
-    """A ValueError for a file that is not UTF-8."""
+def not_utf8(path, where):
+    """A ValueError for a file that is not UTF-8 at a place."""
+    with open(path, "rb") as file:
+        if other := OTHER_FORMATS.get(file.read(2)):
+            return ValueError(f"{path} is {other}: convert it to plain text in UTF-8")
     return ValueError(
-        f"{path} is not UTF-8 at byte {offset:,}: convert it to UTF-8, "
+        f"{path} is not UTF-8 at {where}: convert it to UTF-8, "
         "or let prepare.py --errors=replace take it as it is"
     )
 
@@ -201,15 +213,19 @@ def read_jsonl(path, settings):
     """Yield the text of each JSON line, in pieces. Raises ValueError, with the line, for others."""
     key = settings.text_key
     with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            if len(line) > LONGEST_LINE:
+                raise ValueError(
+                    f"{path} line {number} has more than {LONGEST_LINE:,} bytes: "
+                    "spread its text over more lines"
+                )
             try:
                 text = line.decode("utf-8-sig", settings.errors)  # an editor may begin with a BOM
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} line {number} is not UTF-8 ({error.reason}): use --errors=replace"
-                ) from None
+            except UnicodeDecodeError:
+                raise not_utf8(path, f"line {number}") from None
             record = parse_json(text, f"{path} line {number}", dict)
             if key in record and not isinstance(record[key], str):
                 raise ValueError(
@@ -724,6 +740,8 @@ def main(argv):
     if len(names) > 1:
         raise ValueError(f"names={names} are {len(names)} datasets: prepare one at a time")
     given = dict(arguments.given)
+    if names and given.get("name", names[0]) != names[0]:
+        raise ValueError(f"name={given['name']} and {names[0]} are two names: leave one out")
     if names:
         given["name"] = names[0]
     prepare(Settings(**given))

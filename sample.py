@@ -5,7 +5,6 @@ checkpoint does. Text appears as it is made.
 """
 
 import contextlib
-import json
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from pathlib import Path
 import torch
 
 import bpe
-from glass.chat import TEMPLATE_STOPS, fit_chat
+from glass.chat import TEMPLATE_STOPS, Template, fit_chat
+from glass.files import write_json
 from glass.generate import TextStream, speed_up, stream
 from glass.loading import (
     Drawing,
@@ -27,6 +27,8 @@ from glass.loading import (
 )
 from glass.settings import check_type, configure, errors_in_one_line, parse
 from model import require
+
+ROWS = 64  # texts that grow together, at most
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Settings(Drawing, ModelSettings):
     num_samples: int = 1  # texts
     stop: list[str] = field(default_factory=list)  # strings that end a text
     chat: bool = False  # a conversation in the terminal; /help lists its commands
-    template: str = "auto"  # of a chat: markers | alpaca | llama3 | chatml; auto: the model's
+    template: Template = "auto"  # of a chat; auto: the one that the model was tuned on
     system: str | None = None  # the system message of a chat
 
     def __post_init__(self):
@@ -63,6 +65,8 @@ def read_prompt(settings, loaded):
     """
     text, tokenizer, config = settings.start, loaded.tokenizer, loaded.model.config
     if text.startswith("FILE:"):
+        if text == "FILE:":
+            raise ValueError("start=FILE: names no file: write --start FILE:prompt.txt")
         text = bpe.read_text(text.removeprefix("FILE:"))
     if settings.start == Settings.start and tokenizer.unknown_characters(text):
         text = ""  # a text without line breaks was learnt: begin with whatever can begin one
@@ -97,19 +101,30 @@ def drawing(settings, loaded):
 
 
 def write_samples(settings, loaded):
-    """Print num_samples texts: the first as it is made, then the others of the same batch."""
-    s, model, tokenizer = settings, loaded.model, loaded.tokenizer
-    ids = read_prompt(s, loaded)
-    idx = torch.tensor([ids] * s.num_samples, device=model.device)  # (num_samples, T)
-    streams = [TextStream(tokenizer, s.stop) for _ in range(s.num_samples)]
-    texts = [tokenizer.decode(ids)] * s.num_samples
-    open_rows = set(range(s.num_samples))
-    if len(ids) + s.max_new_tokens > model.config.block_size:
-        print(
-            f"(past {model.config.block_size} tokens the older half is forgotten)", file=sys.stderr
-        )
-    print(texts[0], end="\n" if s.show_probs else "", flush=True)
+    """Print num_samples texts, the first as it is made, and how many tokens a second that was."""
+    s, ids, block_size = settings, read_prompt(settings, loaded), loaded.model.config.block_size
+    if len(ids) + s.max_new_tokens > block_size:
+        print(f"(past {block_size} tokens the older half is forgotten)", file=sys.stderr)
     started_at, n_made, options = time.perf_counter(), 0, drawing(s, loaded)
+    for first in range(0, s.num_samples, ROWS):
+        n_rows = min(ROWS, s.num_samples - first)
+        n_made += write_batch(s, loaded, ids, n_rows, options, is_first=first == 0)
+    seconds = time.perf_counter() - started_at
+    print(f"{n_made} tokens, {n_made / seconds:.0f} a second", file=sys.stderr)
+
+
+def write_batch(settings, loaded, ids, n_rows, options, is_first):
+    """Print n_rows texts that begin with ids -> the number of tokens made.
+
+    They grow together. Of the first batch, the first text is printed as it is made.
+    """
+    s, model, tokenizer, n_made = settings, loaded.model, loaded.tokenizer, 0
+    idx = torch.tensor([ids] * n_rows, device=model.device)  # (n_rows, T)
+    streams = [TextStream(tokenizer, s.stop) for _ in range(n_rows)]
+    texts = [tokenizer.decode(ids)] * n_rows
+    open_rows = set(range(n_rows))
+    if is_first:
+        print(texts[0], end="\n" if s.show_probs else "", flush=True)
     for made in stream(model, idx, s.max_new_tokens, logprobs=s.show_probs, **options):
         new, logprobs = made if s.show_probs else (made, None)
         for row, token in enumerate(new.tolist()):
@@ -121,24 +136,24 @@ def write_samples(settings, loaded):
             n_made += 1
             text = streams[row].add(token)
             texts[row] += text
-            if row == 0 and s.show_probs:
+            if is_first and row == 0 and s.show_probs:
                 show_token(tokenizer, token, logprobs[row])
-            elif row == 0:
+            elif is_first and row == 0:
                 print(text, end="", flush=True)
             if streams[row].stopped:
                 open_rows.remove(row)
         if not open_rows:
             break
-    seconds = time.perf_counter() - started_at
-    print("" if s.show_probs else streams[0].rest())
-    for text, held_back in list(zip(texts, streams, strict=True))[1:]:
+    if is_first:
+        print("" if s.show_probs else streams[0].rest())
+    for text, held_back in list(zip(texts, streams, strict=True))[is_first:]:
         print(f"---------------\n{text}{held_back.rest()}")
-    print(f"{n_made} tokens, {n_made / seconds:.0f} a second", file=sys.stderr)
+    return n_made
 
 
 def print_classes(settings, loaded):
     """Print the classes of a text, the likeliest first, each with its probability."""
-    check_classifies(loaded, settings.out_dir or settings.init_from)
+    check_classifies(loaded, loaded.name)
     labels, probs = classify(loaded, settings.classify)
     by_probability = sorted(zip(probs, labels, strict=True), reverse=True)
     for p, label in by_probability:
@@ -173,6 +188,7 @@ class Chat:
         self.settings, self.loaded = settings, loaded
         self.template = loaded.chat_template if settings.template == "auto" else settings.template
         self.options = drawing(settings, loaded)
+        check_known(loaded.tokenizer, settings.system or "", "--system")
         self.beginning = [{"role": "system", "content": settings.system}] if settings.system else []
         self.messages = list(self.beginning)
         self.shows_sureness = False
@@ -200,11 +216,12 @@ class Chat:
             if line == "/quit":
                 return
             if line.startswith("/"):
-                self.command(*line.partition(" ")[::2])
+                name, *rest = line.split(maxsplit=1)
+                self.command(name, *rest)
             elif line:
                 self.reply(line)
 
-    def command(self, name, argument):
+    def command(self, name, argument=""):
         if name == "/reset":
             self.messages = list(self.beginning)
         elif name == "/temp":
@@ -213,8 +230,10 @@ class Chat:
             self.save(Path(argument or "chat.json"))
         elif name == "/sure":
             self.shows_sureness = not self.shows_sureness
-        else:
+        elif name == "/help":
             print(HELP)
+        else:
+            print(f"there is no command {name}:\n{HELP}")
 
     def set_temperature(self, text):
         try:
@@ -229,8 +248,7 @@ class Chat:
             if path.exists():
                 print(f"{path} is there already: /save ANOTHER_NAME")
                 return
-            text = json.dumps(self.messages, indent=1, ensure_ascii=False)
-            path.write_text(text + "\n", encoding="utf-8")
+            write_json(path, self.messages)
             print(f"saved to {path}")
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             print(f"not saved: {error}")

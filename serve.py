@@ -22,6 +22,7 @@ from pathlib import Path
 from bpe import END_OF_TEXT, PAD
 from glass.answers import MAX_TEXTS, Chat, Completion, known_or_422
 from glass.batch import Failed, Made
+from glass.checkpoint import saved_steps
 from glass.device import choose_device
 from glass.engine import Engine
 from glass.generate import speed_up
@@ -69,6 +70,8 @@ class Settings(ModelSettings):
         require(self, "port", lambda value: 0 <= value < 2**16, "lie in [0, 65535]")
         require(self, "max_rows", lambda value: 1 <= value <= 1024, "lie in [1, 1024]")
         require(self, "max_queue", lambda value: value >= 1, "be at least 1")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key='' would let everybody in: give a key, or leave it out")
         if self.host not in LOOPBACK and not self.api_key:
             raise ValueError(
                 f"host={self.host} lets other machines in and api_key={self.api_key}: "
@@ -77,6 +80,11 @@ class Settings(ModelSettings):
         for folder in self.models:
             if not Path(folder).is_dir():
                 raise ValueError(f"models={folder} is no folder: give folders of runs or weights")
+            if not (saved_steps(folder) or list(Path(folder).glob("*.safetensors"))):
+                raise ValueError(
+                    f"models={folder} holds neither checkpoints nor *.safetensors: "
+                    "give folders of runs or weights"
+                )
 
 
 # The models.

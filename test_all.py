@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import runpy
 import shutil
@@ -3064,6 +3065,134 @@ def test_a_published_config_is_checked_by_type(tmp_path):
     weights.load_pretrained(tmp_path / "m")
 
 
+def test_a_text_keeps_its_quotes_and_errors_stay_short():
+    assert parse('"x"', str) == '"x"' and parse("'k1'", str | None) == "'k1'"
+    assert parse("None", str | None) is None and parse("3", int | str) == 3
+    with pytest.raises(ValueError) as raised:
+        check_type("limit", "x" * 10**6, int)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("raise GeneratorExit", "does not run (GeneratorExit: )"),
+        ("class A:\n  def __repr__(self): 1 / 0\nnorm = A()", "a A that cannot be printed must be"),
+        ("class A:\n  def __eq__(self, other): return True\nnorm = A()", "must be layernorm"),
+        ("import numpy\nnorm = numpy.arange(9)", "must be layernorm"),
+        ("from math import sqrt\nfrom functools import partial\nf = partial(sqrt, 4)", None),
+    ],
+)
+def test_odd_things_in_a_config_file(text, says, in_tmp_path):
+    Path("odd.py").write_text(text)
+    if says is None:
+        assert configure(train.Settings, ["odd.py"]) == train.Settings()
+        return
+    with pytest.raises(ValueError, match=re.escape(says)):
+        configure(train.Settings, ["odd.py"])
+
+
+def test_rows_that_repeat_or_contradict_are_counted_aloud(long_base, capsys):
+    rows = [json.loads(line) for line in Path("classes.jsonl").read_text().splitlines()]
+    rows += [rows[0], {**rows[1], "label": "c"}]
+    Path("classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out, err = tune("classify", capsys, "--eval_only=True")
+    assert "2 of 62 rows repeat an earlier one" in out + err
+    assert "line 62 has label='c', classes.jsonl line 2 label='b'" in out + err
+    asked = [{"instruction": "Say.", "output": str(i // 2)} for i in range(40)]
+    settings, rng = configure(finetune.Settings, []), random.Random(1)
+    splits = records.split_anew([(f"line {i}", row) for i, row in enumerate(asked)], settings, rng)
+    assert [len(rows) for rows in splits.values()] == [20, 0, 0]  # one question stays in one split
+
+
+def test_what_would_be_ignored_is_refused(long_base, capsys, monkeypatch):
+    for words, says in (
+        (["docs", "--tokenizer=gpt2"], "tokenizer=gpt2 would do nothing to docs"),
+        (["tasks", "--val_fraction=0.2"], "val_fraction=0.2 would do nothing to tasks"),
+        (["mine", "--name=other", "--input=small.txt"], "are two names"),
+    ):
+        status, _, err = run_main(prepare.main, words, capsys)
+        assert status == 2 and says in err
+    status, _, err = tune("instruct", capsys, "--block_size=4096")
+    assert status == 2 and "block_size=4096 but the model that is tuned has 64 positions" in err
+    status, _, err = run_main(evaluate.main, ["--save="], capsys)
+    assert status == 2 and "save='' names no file" in err
+    for words, says in (
+        (["--template=foo"], "template='foo' must be auto | markers"),
+        (["--start=FILE:"], "names no file"),
+        (["--classify=x"], "out/small has no classification head"),
+        (["--chat", "--system=Ω"], "does not know 'Ω' of '--system'"),
+    ):
+        status, _, err = run_main(sample.main, words, capsys)
+        assert status == 2 and says in err
+    serve = pytest.importorskip("serve")
+    Path("empty").mkdir()
+    for words, says in (
+        (["--api_key="], "would let everybody in"),
+        (["--models", "empty"], "holds neither checkpoints nor"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            configure(serve.Settings, words)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(gzip.compress(b"abc"), "gzip"), ("abc".encode("utf-16"), "UTF-16"), (b"ab\xff", None)],
+)
+def test_a_file_that_is_not_utf8_says_what_it_is(content, kind, in_tmp_path):
+    Path("a.txt").write_bytes(content)
+    Path("a.jsonl").write_bytes(content)
+    for name in ("a.txt", "a.jsonl"):
+        settings = prepare.Settings(name="x", input=[name])
+        with pytest.raises(ValueError) as raised:
+            [list(each) for each in prepare.read_documents(Path(name), settings)]
+        assert (f"is {kind}" in str(raised.value)) == bool(kind)
+        assert ("errors=replace" in str(raised.value)) != bool(kind)
+
+
+def test_a_json_line_without_end_is_refused_before_it_is_read_whole(in_tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST_LINE", 1000)
+    Path("a.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + "x" * 10**6)
+    with pytest.raises(ValueError, match="line 2 has more than 1,000 bytes"):
+        list(prepare.read_documents(Path("a.jsonl"), prepare.Settings(name="x", input=["a.jsonl"])))
+
+
+def test_many_samples_are_made_some_at_a_time(trained, capsys, monkeypatch):
+    words = ["--num_samples=5", "--max_new_tokens=4", "--start=To", "--seed=3", "--device=cpu"]
+    monkeypatch.setattr(sample, "ROWS", 2)
+    sizes = []
+    real = generate.stream
+
+    def counting(model, idx, *rest, **options):
+        sizes.append(len(idx))
+        return real(model, idx, *rest, **options)
+
+    monkeypatch.setattr(sample, "stream", counting)
+    status, out, _ = run_main(sample.main, words, capsys)
+    assert status == 0 and sizes == [2, 2, 1]
+    assert out.count("---------------\n") == 4
+
+
+def test_shards_too_short_for_a_block_are_counted_aloud(workdir, capsys):
+    Path("b.txt").write_text(TEXT[:1000])
+    made = prepare.Settings(name="cut", input=["b.txt"], tokenizer="char", shard_tokens=400)
+    prepare.prepare(made)  # 900 tokens for training: 400, 400 and 100
+    words = [*TINY_RUN, "--dataset=cut", "--block_size=128", "--max_iters=1"]
+    status, out, err = run_main(train.main, words, capsys)
+    assert status == 0 and "1 training shards are no longer than block_size=128" in out + err
+
+
+def test_characters_that_are_unknown_are_counted_by_evaluate(long_base, capsys):
+    tune("classify", capsys, out="classifier")
+    rows = [{"text": "to be Ω", "label": "a"}, {"text": "to be", "label": "b"}]
+    Path("more.JSONL").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--out_dir=out/classifier", "--classes=more.JSONL"]
+    status, out, _ = run_main(evaluate.main, words, capsys)
+    assert status == 0 and "with unknown characters 1" in out
+    status, _, err = run_main(sample.main, ["--out_dir=out/classifier", "--classify=to Ω"], capsys)
+    assert status == 2 and "does not know 'Ω'" in err
+
+
 # ------------------------------------------------------------------------------------------------ evaluate.py
 
 
@@ -5663,7 +5792,9 @@ def test_windows_fit_into_short_texts(tokens):
     windows = shards.Windows([np.arange(tokens, dtype=np.uint16)], 8, seed=0)
     rows = windows.rows(0, 50)
     assert (np.diff(rows) == 1).all() and rows.max() < tokens
-    with pytest.raises(ValueError, match="the training text has 8 tokens but block_size=8"):
+    with pytest.raises(
+        ValueError, match="the longest shard of training text has 8 tokens but block_size=8"
+    ):
         shards.Windows([np.arange(8, dtype=np.uint16)], 8, seed=0)
 
 

@@ -123,6 +123,8 @@ class Pretraining:
         self.tokenizer, self.data_sha256 = dataset.tokenizer, dataset.sha256
         self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
         self.windows = Windows(dataset.splits["train"], s.block_size, s.seed)
+        if n := self.windows.n_left_out:
+            say(f"{n} training shards are no longer than block_size={s.block_size}: left out")
 
     def begin(self, model):
         pass

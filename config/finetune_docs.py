@@ -5,13 +5,13 @@ dataset = "docs"
 init_from = "out/docs"
 out_dir = "out/finetune_docs"
 
-batch_size = 8
-gradient_accumulation_steps = 4
+batch_size = 16
+gradient_accumulation_steps = 2
 optimizer = "muon"
 muon_lr = 0.02
 learning_rate = 5e-3  # of the embedding, the norms and the head
 lr_shape = "linear"
-max_iters = 2200
-eval_interval = 1100
+max_iters = 3000
+eval_interval = 1500
 log_interval = 50
 test_items = 2000

@@ -5,6 +5,8 @@ of a message as (text, is_special). A special part becomes its token. Every othe
 text, whatever it holds, so no message can smuggle in a special token.
 """
 
+from typing import Literal
+
 from bpe import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
 
 MARKERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}  # of our own template
@@ -13,6 +15,7 @@ MARKERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}  # of our own
 ENDS = (END_OF_TEXT, END, "<|eot_id|>", "<|end_of_text|>", "<|im_end|>")
 # A tokenizer that has this marker uses this template.
 TEMPLATE_OF_MARKER = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml", USER: "markers"}
+Template = Literal["auto", "markers", "alpaca", "llama3", "chatml"]  # auto: see template_for
 TEMPLATE_STOPS = {"alpaca": ["### Instruction:"]}  # strings that end a reply where no token does
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. "

@@ -74,6 +74,7 @@ class Loaded:
     tokenizer: bpe.Tokenizer
     ends: list  # the ids that end a text
     state: dict | None  # of the checkpoint; None for published weights
+    name: str = "the model"  # the folder that it is from
     compiled_decode: object = None  # of glass.generate.speed_up
     last_trace: object = None  # the glass.trace.Trace of the text last looked into
 
@@ -108,9 +109,9 @@ def load_model(settings, dtype=None):
         dtype = torch.float32  # with eager int8 it was 13% faster on a CPU
     source = s.init_from
     if s.init_from == "resume":
-        source = folder = s.out_dir or checkpoint.newest_run()
-        model, tokenizer, state = weights.load_run(folder, s.which)
-        print(f"{folder}, step {state['step']}", file=sys.stderr)
+        source = s.out_dir or checkpoint.newest_run()
+        model, tokenizer, state = weights.load_run(source, s.which)
+        print(f"{source}, step {state['step']}", file=sys.stderr)
     else:
         load_dtype = torch.float32 if s.adapter else dtype  # an adapter knows its base by its bits
         model, tokenizer, state = weights.load_model(s.init_from, s.which, load_dtype)
@@ -122,7 +123,8 @@ def load_model(settings, dtype=None):
                 f"{name} of {s.adapter or source} holds NaN or infinity, so the run has "
                 "diverged: train again with a lower learning_rate, or take an earlier checkpoint"
             )
-    return Loaded(model.to(device, dtype).eval(), tokenizer, stop_ids(tokenizer), state)
+    model = model.to(device, dtype).eval()
+    return Loaded(model, tokenizer, stop_ids(tokenizer), state, name=str(source))
 
 
 def check_known(tokenizer, text, name="the text"):
@@ -160,6 +162,7 @@ def classify(loaded, text):
     """
     if not text.strip():
         raise ValueError("classify='' has no token: give a text")
+    check_known(loaded.tokenizer, text, "the text to classify")
     model, state = loaded.model, loaded.state
     longest = min(state["settings"]["block_size"], model.config.block_size)  # as in training
     ids, _ = encode_for_class(loaded.tokenizer, text, longest)

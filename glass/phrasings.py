@@ -57,7 +57,42 @@ QUESTIONS = {
         Give me the gist of {}.
         What does one use {} for?
         {} - what does that do?
-    """),
+        Is {} something that I would need? What for?
+        {} - what is it about?
+        {} ... remind me what that is.
+        Take {}. What is it there for?
+        About {}: what is it?
+        How does {} work?
+        How do I use {}?
+        And {}?
+        And what about {}?
+        Help me understand {}.
+        Do you know what {} is about?
+        What effect does {} have?
+        What does {} return?
+        What do I get from {}?
+        What results from {}?
+        So what exactly is {}?
+        Never heard of {}, what is it?
+        I wonder what {} might do.
+        If I run {}, what happens?
+        My code uses {}. Why?
+        For what would one want {}?
+        Is there a one-line description of {}?
+        Quick summary of {}?
+        Documentation of {}, please.
+        Info on {}.
+        What's {}?
+        What's {} for?
+        What's the point of {}?
+        A word on {}, please.
+        Tell me a bit more on {}.
+        Could you say what {} does?
+        Do you know what {} does?
+        Could you explain in a sentence what {} is for?
+        I keep seeing {} in other people's code; tell me its purpose.
+        Give me a short description of what happens when I call {}.
+        """),
     "arguments": lines_of("""
         Which arguments does {} take?
         What are the arguments of {}?
@@ -102,7 +137,41 @@ QUESTIONS = {
         What arguments should I give {}?
         Can you list the parameters of {}?
         What does the signature of {} look like?
-    """),
+        And the arguments of {}?
+        {} - how is that called?
+        {} takes what?
+        Calling {} requires what?
+        Signature of {}?
+        Arguments for {}, please.
+        Args of {}?
+        What's the signature of {}?
+        What are the parameters that {} expects?
+        What does {} expect to be given?
+        Which keyword arguments are there for {}?
+        How would one call {}?
+        What stands between the brackets of {}?
+        About {}: which arguments are there?
+        Is there anything that I must pass to {}?
+        Can I see the signature of {}?
+        Let me see the parameters of {}.
+        If I call {}, what do I give it?
+        Do you know the arguments of {}?
+        What inputs are needed for {}?
+        Which of its arguments can I set in {}?
+        What does {} need?
+        {} wants which parameters?
+        How was {} defined?
+        What parameters can {} be called with?
+        What's passed to {}?
+        I never remember what {} takes.
+        What order do the arguments of {} have?
+        Tell me how to call {}.
+        Do I have to give {} anything?
+        In which way is {} called?
+        Show me the signature of {}, please.
+        What parameters can be passed to {}?
+        I'm about to call {} and need to know what goes between the parentheses.
+        """),
     "module": lines_of("""
         In which module is {}?
         Which module has {}?
@@ -147,7 +216,40 @@ QUESTIONS = {
         Which module is home to {}?
         What module should I import for {}?
         Where can I import {} from?
-    """),
+        And {}, where is that?
+        {} - from which module?
+        {} is in what module?
+        {} comes from where?
+        {} is defined where?
+        Module of {}?
+        About {}: in which module is it?
+        What's the module of {}?
+        What's the import for {}?
+        Is {} in some module?
+        Whose is {}?
+        How can I get {}?
+        Which module do I find {} in?
+        Which module has {} in it?
+        In what part of the library is {}?
+        If I need {}, what do I import?
+        To use {}, I import what?
+        Do you know where {} is?
+        Do you know which module has {}?
+        Can you tell me which module {} is from?
+        Let me know the module of {}.
+        Where did Python put {}?
+        Before I can use {}, what must I import?
+        What do I have to import before using {}?
+        Which package is {} in?
+        What package offers {}?
+        I am searching for {}. Where is it?
+        Which file would I open to find {}?
+        Where is the code of {}?
+        What does {} belong to?
+        Where do I have to import {} from?
+        Tell me the name of the standard library module that defines {}.
+        I want to use {}, but what module does it belong to?
+        """),
     "which": lines_of("""
         Which name does this: {}
         What is it called: {}
@@ -192,7 +294,40 @@ QUESTIONS = {
         What do you call this: {}
         I forgot the name of this: {}
         Which part of the library does this: {}
-    """),
+        How can I do this? {}
+        How would one do this: {}
+        What function is there for this: {}
+        What function does this? {}
+        Which class or function does this: {}
+        Which method has this job: {}
+        Is there a function for this? {}
+        Does Python have something for this: {}
+        Does the library have this: {}
+        I want to do this. What do I call? {}
+        I need something that does this: {}
+        What name should I look for? {}
+        Wanted: {}
+        The name of this, please: {}
+        Do you know what does this: {}
+        Do you know the name of this? {}
+        Can you name what does this: {}
+        What's the name of this: {}
+        What's this called? {}
+        Which call would give me this: {}
+        With what do I do this: {}
+        What in Python is for this: {}
+        Something in the library does this. What is it? {}
+        If I want this, what do I use? {}
+        Tell me what does this: {}
+        Which thing is described by this: {}
+        Suppose that I need this: {}
+        Please find the function for this: {}
+        What did Python call this: {}
+        What is there for this: {}
+        I've forgotten the name of the function whose documentation mentions the following: {}
+        Can you name the standard library function or class I need for this? {}
+        Tell me what the function or class is called that handles the following: {}
+        """),
     "exists": lines_of("""
         Does {} exist?
         Is there {} in the standard library?
@@ -237,7 +372,45 @@ QUESTIONS = {
         Does anything like {} exist?
         Is {} something I can use?
         Is {} in Python's library?
-    """),
+        Is {} something?
+        Is {} something in Python?
+        Is {} a thing?
+        Is {} a function that I could call?
+        Is {} something that exists?
+        Is {} made up?
+        Was {} ever in Python?
+        Did you ever see {}?
+        Does {} ring a bell?
+        Does {} come with Python?
+        Does Python ship {}?
+        Does Python offer {}?
+        Do you have {}?
+        Are there things like {}?
+        Python has {}, right?
+        There is {}, or not?
+        {} exists, does it not?
+        {} - is there such a thing?
+        {}? Does that exist?
+        About {}: is it there?
+        May I use {}?
+        Could I use {}?
+        Can I import {}?
+        Can I rely on {} being there?
+        Should I find {} in Python?
+        Is it possible to use {}?
+        Is the standard library home to {}?
+        Somebody told me of {}. Is it real?
+        I read about {}. Does it exist?
+        Someone used {}. Is that part of Python?
+        Please check that {} exists.
+        Check whether there is {}.
+        Do you know whether {} exists?
+        Would you know {}?
+        What about {}, is it there?
+        Is there really something called {} in Python's standard library?
+        Can you confirm that {} is part of the standard library and not something I made up?
+        I'm not sure whether the standard library has {}; does it?
+        """),
 }
 # about what the question before named; the last N_TEST are for the test alone
 FOLLOW_UPS = lines_of("""
@@ -261,6 +434,29 @@ FOLLOW_UPS = lines_of("""
     What are the arguments?
     Which parameters does that have?
     And how would I call that?
+    Its arguments?
+    And which arguments?
+    And how do I call it?
+    And the parameters?
+    What does it need?
+    What does it expect?
+    What does it want?
+    What do I give it?
+    Can you show the signature?
+    Show me how to call it.
+    Tell me its arguments.
+    And what are the arguments of that?
+    What's its signature?
+    Which parameters?
+    Which inputs does it need?
+    What goes into the brackets?
+    How do I call that?
+    And what should I pass?
+    List its parameters.
+    Do I pass anything?
+    And what arguments does it take?
+    Now list the parameters of that function, please.
+    OK, so what do I have to pass to it?
 """)
 
 

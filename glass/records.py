@@ -153,25 +153,62 @@ def check_messages(where, messages):
 def split_anew(rows, settings, shuffle):
     """All rows in three new splits, drawn by the seed: a dict of lists of rows.
 
-    A text that occurs twice is kept once, so no two splits share it.
+    Rows that ask the same go to one split.
     """
-    s, distinct = settings, {}
-    for where, fields in rows:
-        asked = fields.get("text")
-        if not asked:
-            pair = [fields.get("instruction"), fields.get("input")]
-            asked = json.dumps(fields.get("messages", pair))
-        normalised = " ".join(asked.lower().split())
-        distinct.setdefault(normalised, (where, fields))
-    rows = list(distinct.values())
+    s = settings
+    rows = without_repeats(rows)
     if s.balance == "undersample":
         rows = undersample(rows, shuffle)
-    shuffle.shuffle(rows)
+    groups = {}
+    for row in rows:
+        groups.setdefault(asked_in(row[1]), []).append(row)
+    groups = list(groups.values())
+    shuffle.shuffle(groups)
     val_share = 0.1 if s.val_share is None else s.val_share
     test_share = 0.1 if s.test_share is None else s.test_share
-    n_val, n_test = round(val_share * len(rows)), round(test_share * len(rows))
+    n_val, n_test = round(val_share * len(groups)), round(test_share * len(groups))
     n_held_out = n_val + n_test
-    return {"train": rows[n_held_out:], "val": rows[:n_val], "test": rows[n_val:n_held_out]}
+    parts = (groups[n_held_out:], groups[:n_val], groups[n_val:n_held_out])
+    return {
+        split: [row for group in part for row in group]
+        for split, part in zip(SPLITS, parts, strict=True)
+    }
+
+
+def asked_in(fields):
+    """What a row asks, as a text in small letters."""
+    asked = fields.get("text")
+    if not asked:
+        pair = [fields.get("instruction"), fields.get("input")]
+        messages = fields.get("messages")
+        asked = json.dumps(messages[:-1] if messages else pair)
+    return " ".join(asked.lower().split())
+
+
+def without_repeats(rows):
+    """The rows without those that ask and answer what an earlier one does, as a list; says so.
+
+    Of a text with two labels, the first counts.
+    """
+    label_of, contradicted, distinct = {}, [], {}
+    for where, fields in rows:
+        asked = asked_in(fields)
+        if "label" in fields and "text" in fields:
+            label, first = label_of.setdefault(asked, (fields["label"], where))
+            if label != fields["label"]:
+                contradicted.append(
+                    f"{where} has label={fields['label']!r:.40}, {first} label={label!r:.40}"
+                )
+        answers = [fields.get(key) for key in ("output", "chosen", "rejected", "messages")]
+        distinct.setdefault((asked, json.dumps(answers)), (where, fields))
+    if contradicted:
+        say(
+            f"{len(contradicted):,} texts have another label than before, which is left out: "
+            f"{contradicted[0]}"
+        )
+    if n_repeated := len(rows) - len(distinct):
+        say(f"{n_repeated:,} of {len(rows):,} rows repeat an earlier one and are left out")
+    return list(distinct.values())
 
 
 def undersample(rows, shuffle):

@@ -3,7 +3,7 @@
 A field of the dataclass is the only home of a setting. It gives the name, type, default and role;
 the comment behind it gives the unit and meaning. `--help` prints exactly that. A config file is
 plain Python assignments, run in a namespace of its own. Names that start with `_`, modules,
-functions and classes in it are not settings.
+functions, classes and whatever else can be called in it are not settings.
 
     settings = configure(Settings, sys.argv[1:])        # all sources merged, then built once
 
@@ -15,6 +15,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -26,6 +27,14 @@ import typing
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent  # of the scripts, config/ and glass/
+LONGEST_MESSAGE = 2000  # characters of an error
+ADVICE = {  # what to do about an error of the file system
+    errno.ENOSPC: "make room for it, or name another place",
+    errno.EDQUOT: "make room for it, or name another place",
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.ENOENT: "give one that is there",
+}
 
 
 @dataclasses.dataclass
@@ -117,13 +126,16 @@ def read_config_file(Settings, path):
         raise ValueError(f"config file {path} is not a file: choose one of {' '.join(known)}")
     try:
         namespace = runpy.run_path(str(found))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a file of the user's raises may be of any kind
         raise ValueError(
-            f"config file {path} does not run ({type(error).__name__}: {error}): correct it"
+            f"config file {path} does not run ({type(error).__name__}: {shown(error, str)}): "
+            "correct it"
         ) from error
     types_of, given = typing.get_type_hints(Settings), {}
     for name, value in namespace.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType | types.FunctionType | type):
+        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         name = current_name(Settings, name, f"setting in {path}")
         given[name] = check_type(f"{path}: {name}", value, types_of[name])
@@ -196,9 +208,9 @@ def parse(text, hint):
         return text
     choices = choices_of(hint)
     takes_text = str in choices or any(typing.get_origin(c) is typing.Literal for c in choices)
-    if type(value) in choices or not takes_text:
-        return value
-    return text
+    if takes_text and (type(value) is str or type(value) not in choices):
+        return text  # as it stands: quotes belong to a text
+    return value
 
 
 def check_type(name, value, hint):
@@ -213,13 +225,22 @@ def check_type(name, value, hint):
             raise ValueError(f"{name}={text!r} is not UTF-8: type it again, or rename the file")
     for choice in choices_of(hint):
         if typing.get_origin(choice) is typing.Literal:
-            if value in typing.get_args(choice):
+            if any(type(value) is type(each) and value == each for each in typing.get_args(choice)):
                 return value
         elif choice is float and type(value) is int and abs(value) < 2**1000:
             return float(value)
         elif type(value) is (typing.get_origin(choice) or choice):
             return value
-    raise ValueError(f"{name}={value!r} must be {type_name(hint)}")
+    raise ValueError(f"{name}={shown(value)} must be {type_name(hint)}")
+
+
+def shown(value, form=repr):
+    """A value as an error shows it: its repr or str, at most 200 characters of it."""
+    try:
+        text = form(value)
+    except Exception:
+        text = f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def comments_of(Settings):
@@ -299,7 +320,11 @@ def errors_in_one_line():
             raise
         message = str(error)
         if isinstance(error, OSError) and error.errno is not None:
-            name = "a file" if error.filename is None else repr(str(error.filename)[:200])
-            message = f"{name} cannot be used ({error.strerror}): name another, or make room for it"
-        print(f"error: {message}".replace("\n", " "), file=sys.stderr)
+            name = "a file or stdout" if error.filename is None else repr(str(error.filename)[:200])
+            what_to_do = ADVICE.get(error.errno, "name another")
+            message = f"{name} cannot be used ({error.strerror}): {what_to_do}"
+        message = message.replace("\n", " ")
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -250,13 +250,14 @@ class Windows:
     def __init__(self, shards, block_size, seed):
         self.T, self.seed = block_size, seed
         self.shards = [shard for shard in shards if len(shard) > block_size]
+        self.n_left_out = len(shards) - len(self.shards)
         # One window fewer than fits, so that every offset below block_size leaves room for all.
         self.counts = [max(1, len(shard) // block_size - 1) for shard in self.shards]
         self.epoch_rows = sum(self.counts)
         if not self.epoch_rows:
             longest = max((len(shard) for shard in shards), default=0)
             raise ValueError(
-                f"the training text has {longest} tokens but block_size={block_size} needs "
+                f"the longest shard of training text has {longest} tokens but block_size={block_size} needs "
                 "one more than that: lower block_size or add text"
             )
 

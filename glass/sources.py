@@ -330,7 +330,8 @@ def read_table(path):
     suffix = path.suffix.lower()
     if suffix not in TABLES:
         raise ValueError(
-            f"{path} ends in {path.suffix!r} but must end in one of {' '.join(TABLES)}: rename it"
+            f"{path} ends in {path.suffix!r} but must end in one of {' '.join(TABLES)}: "
+            "save it as such a table"
         )
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -725,8 +725,9 @@ def load_tokenizer(source):
         if template.is_file():
             with reading(template, "download it again"):
                 config["chat_template"] = template.read_text(encoding="utf-8")
+        ends = stop_ids(folder)
         with reading(folder / TOKENIZER, "download it again"):
-            return HuggingFaceTokenizer(saved, config, stop_ids(folder))
+            return HuggingFaceTokenizer(saved, config, ends)
     layout, shape = read_config(folder)
     if layout is GPT2 and shape.vocab_size == 50257:
         return bpe.BPETokenizer.from_gpt2()
