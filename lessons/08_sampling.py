@@ -53,7 +53,8 @@ print(
 # ## Temperature
 #
 # The **temperature** divides the logits. Below 1 the likely become likelier; at 0 it is greedy; above 1 all become
-# more alike. It never changes the order.
+# more alike. It never changes the order. Below, the **entropy** is the mean of -ln p over the distribution: 0 where
+# one token is certain, ln 10 = 2.30 where all ten are alike.
 
 # %%
 for temperature in (0.5, 1.0, 2.0):
@@ -199,8 +200,9 @@ check("8.3", positions_computed)
 # %% [markdown]
 # ## int8: what rounding costs
 #
-# Writing one token at a time, a model spends its time reading weights from memory. **Quantisation** to int8 halves what
-# bfloat16 reads: each row of a matrix is divided by a scale so that its largest weight is 127, and rounded.
+# Writing one token at a time, a model spends its time reading weights from memory. **Quantisation** to int8 halves
+# what bfloat16 reads: each row of a matrix is divided by a scale so that its largest weight is 127, and rounded.
+# The numbers that a row can then hold, multiples of its scale, are its grid.
 
 # %%
 linear = torch.nn.Linear(64, 64, bias=False)
@@ -271,7 +273,7 @@ print("difference at the twelfth token:", round((wrong - whole)[0, 11].abs().max
 # | the cache | `model.py`: `KVCache` |
 # | the fast loop | `glass/generate.py`: `stream` |
 # | int8 | `glass/generate.py`: `Int8Linear`; `python sample.py --quantize=int8` |
-# | the same with your own model and sliders | `python serve.py`, the view "Next token" |
+# | the same with your own model and sliders | `python train.py`, then `python serve.py`: the view "Next token" |
 #
 # ## To read
 # - Holtzman et al. 2019, "The curious case of neural text degeneration", arXiv:1904.09751: top-p.

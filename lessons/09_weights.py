@@ -220,8 +220,9 @@ plt.title("Mistakes that raise no error")
 picture("09_mistakes")
 
 # %% [markdown]
-# **Exercise 9.4** A block of GPT-2 has four matrices: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc` and `mlp.c_proj`. Which
-# of them would load without an error if the transpose were forgotten? Give a list of names.
+# **Exercise 9.4** The loader transposes a published matrix first, and cuts `c_attn` into q, k and v then. A block
+# of GPT-2 has four matrices: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc` and `mlp.c_proj`. Which of them would load
+# without an error if the transpose were forgotten? Give a list of names.
 
 # %% tags=["9.4"]
 silent = None

@@ -154,7 +154,8 @@ check("10.1", chosen)
 #
 # With 300 items, a model that is right with probability p is right in 300 p of them, more or less. How much more or
 # less is the **interval**: a rule that gives low and high such that the true p lies between them in 95 of 100
-# experiments. The rule here is Wilson's. For k of n right, with share s = k / n and z = 1.96:
+# experiments. The rule here is Wilson's. For k of n right, with share s = k / n and z = 1.96, the distance from its
+# mean, in standard deviations, within which a normal distribution has 95% of its draws:
 #
 # $$\frac{s + \frac{z^2}{2n} \pm z\sqrt{\frac{s(1-s)}{n} + \frac{z^2}{4n^2}}}{1 + \frac{z^2}{n}}$$
 
@@ -190,9 +191,10 @@ check("10.3", items_needed)
 # %% [markdown]
 # ## Do two models differ?
 #
-# Both models answered the same items. Items differ in difficulty, and both find the same ones hard, so the difference
-# is known better than if each model had had items of its own: look at each item's difference, and take the interval
-# of its mean. `evaluate.py --compare` does that.
+# Both models answered the same items. Items differ in difficulty, and both find the same ones hard, so the
+# difference is known better than if each model had had items of its own: look at each item's difference, and take
+# the interval of its mean. `evaluate.py --compare` does that. The interval is found by the **bootstrap**: draw 300
+# of the items again and again, with repetition, take the mean of each draw, and keep the middle 95% of these means.
 
 # %%
 difference = right_long.mean() - right_short.mean()
@@ -217,7 +219,8 @@ picture("10_intervals")
 #
 # Half of two-way items are right by guessing, a quarter of four-way items. **Centred**, a figure is 0 for guessing
 # and 1 for all right, so tasks with different chance levels can be averaged: (accuracy - chance) / (1 - chance).
-# glassCORE is such a mean over seven kinds.
+# glassCORE is such a mean over seven kinds of tasks that `evaluate.py` makes itself, named after CORE, the mean
+# over 22 tasks of Li et al. 2024 (arXiv:2406.11794).
 
 # %%
 print(
@@ -267,9 +270,10 @@ check("10.4", shares_words)
 # ## Break it
 #
 # Let the context's last space stay with the context. Words begin with their space in most tokenizers, so the ending
-# is then cut into tokens that the model never saw after such a context. With GPT-2's tokenizer `"The capital is "` +
-# `"Paris"` is scored far lower than `"The capital is"` + `" Paris"`. `encode_pair` in `glass/score.py` moves the
-# space; take that out and run this cell again: its last line then ends the context with the space.
+# is then cut into tokens that the model never saw after such a context. With GPT-2's tokenizer `"The capital is "`
+# + `"Paris"` is scored far lower than `"The capital is"` + `" Paris"`. `encode_pair` in `glass/score.py` moves the
+# space; take that out, run this cell again after a restart of the kernel, and its last line ends the context with
+# the space.
 
 # %%
 merges = bpe.BPETokenizer.train([text], 300)

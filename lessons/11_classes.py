@@ -124,8 +124,6 @@ def encoded(rows):
     )
 
 
-source(GPT.class_logits)
-
 # %% [markdown]
 # **Exercise 11.1** Write `last_vectors(hidden, lengths)`: hidden (B, T, C) of right-padded rows, lengths (B,) -> (B,
 # C), the vector at the last real position of each row.
@@ -139,12 +137,19 @@ def last_vectors(hidden, lengths):
 check("11.1", last_vectors)
 
 # %% [markdown]
+# The product does the same:
+
+# %%
+source(GPT.class_logits)
+
+# %% [markdown]
 # ## Three ways to tune
 #
 # - **all**: every weight is trained.
 # - **head alone**: the new head is trained, everything else is frozen. **Freezing** costs no gradient and no moments.
-# - **LoRA**: each matrix W stays, and a product of two thin matrices is added to it:
-#   $W + \frac{\alpha}{r} B A$, with A of r rows and B of r columns. B starts at 0, so at first nothing changes.
+# - **LoRA**: each matrix W stays, and a product of two thin matrices is added to it: $W + \frac{\alpha}{r} B A$,
+#   with A of r rows and B of r columns. B starts at 0, so at first nothing changes. The number $\alpha$ is chosen
+#   once (16 here): the division by r keeps the size of the change alike when another rank is tried.
 
 
 # %%
@@ -291,7 +296,7 @@ print(f"accuracy from the first position: {(first == labels).float().mean():.3f}
 # | what is frozen | `finetune.py`: `freeze` (`--trainable`, `--freeze`) |
 # | LoRA | `model.py`: `LoRALinear` |
 # | the bag of tokens | `glass/stage.py`: `bag_of_tokens` |
-# | try it | `python finetune.py config/finetune_lines.py` |
+# | try it | `python train.py`, then `python finetune.py config/finetune_lines.py` |
 #
 # ## To read
 # - Radford et al. 2018, "Improving language understanding by generative pre-training": GPT-1 as a classifier.

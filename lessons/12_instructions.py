@@ -46,7 +46,8 @@ print(chat_text(messages_of(row, "alpaca"), "alpaca"))
 # heading out); `llama3` and `chatml` are those of Llama 3 and of many others. A model understands the template that
 # it was trained with, and no other.
 #
-# Now as tokens. The tokenizer is one of characters, with the four markers behind them.
+# Now as tokens. The tokenizer is one of characters. Behind them come its special tokens: end-of-text, one for
+# unknown characters, and the four markers of the template.
 
 # %%
 LETTERS = "abcdef"
@@ -247,7 +248,7 @@ for place, (token, counts) in enumerate(zip(ids[1:], is_answer[1:], strict=True)
 # | templates, markers, which tokens count | `glass/chat.py`: `chat_parts`, `encode_chat` |
 # | the masked loss | `glass/stage.py`: `answer_logprobs`; `finetune.py`: `Instruct.loss` |
 # | answers, exact match | `finetune.py`: `Instruct.test` |
-# | try it | `python finetune.py config/finetune_tasks.py`, then `python sample.py --chat` |
+# | try it | `python train.py`, `python finetune.py config/finetune_tasks.py`, then `python sample.py --chat` |
 #
 # ## To read
 # - Ouyang et al. 2022, "Training language models to follow instructions", arXiv:2203.02155.

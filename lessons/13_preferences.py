@@ -180,9 +180,14 @@ for beta in (0.1, 1.0):
 #
 # ## GRPO: rewards for what the model itself says
 #
-# Where an answer can be checked by a program, no pairs are needed. **GRPO** draws a group of answers to one question,
-# gives each its reward, and compares it with its group: the **advantage** is (reward - mean of the group) / standard
-# deviation. Answers above the mean become likelier, those below it less likely.
+# Where an answer can be checked by a program, no pairs are needed. **GRPO** draws a group of answers to one
+# question, gives each its reward, and compares it with its group: the **advantage** is (reward - mean of the group)
+# / standard deviation. Answers above the mean become likelier, those below it less likely.
+#
+# The loss below is that, with two guards. A group may be used for several steps, and the model moves meanwhile, so
+# each token counts by the **ratio** of its probability now to that when it was drawn; at the first step it is 1,
+# and its gradient is that of ln p. Beyond 1 ± `clip` a ratio earns nothing more (PPO's clipping). `weight` says
+# which tokens count, and `kl_coef` adds the divergence from the model at the start.
 
 # %%
 rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
@@ -282,7 +287,7 @@ for subtract_mean in (True, False):
 # | pairs, references, DPO's loss | `finetune.py`: `Prefer` |
 # | drawing groups, rewards, advantages | `finetune.py`: `Reinforce.draw` |
 # | the clipped objective, KL | `finetune.py`: `grpo_loss` |
-# | try it | `python finetune.py config/finetune_reinforce.py` |
+# | try it | after lesson 12's: `python finetune.py config/finetune_reinforce.py` |
 #
 # ## To read
 # - Christiano et al. 2017, "Deep reinforcement learning from human preferences", arXiv:1706.03741.

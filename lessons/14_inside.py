@@ -70,10 +70,10 @@ check("14.1", looks_at)
 source(SmearedEmbedding)
 
 # %% [markdown]
-# While it trains, we measure two losses: of the tokens said for the first time, and of the repeated ones.
-# And for each head one number, its **induction score**: on n random tokens said twice, the mean weight
-# with which position t of the second half looks at position t - n + 1. That is the token after the earlier
-# copy. A head with a high score is an **induction head**.
+# While it trains, we measure two losses: of the tokens said for the first time, and of the repeated ones. And for
+# each head one number, its **induction score**: on n random tokens said twice, the mean weight with which position
+# t of the second half looks at position t - n + 1. That is the token after the earlier copy. A head with a high
+# score is an **induction head**. Several heads may become one; below, the strongest is followed.
 
 # %%
 settings = Settings(

@@ -154,9 +154,10 @@ picture("15_ring")
 #
 # Data parallel keeps everything in every process. In training with AdamW a parameter takes, in float32, 4 bytes for
 # itself, 4 for its gradient and 8 for its two moments: 16 bytes. Llama 3 8B takes 128 GB of that before any
-# activation, and a device has 80.
+# activation, and a large GPU of its day has 80.
 #
-# **Sharding** gives each process 1/n of it. The steps of the idea are named after ZeRO:
+# **Sharding** gives each process 1/n of it. The steps of the idea have the names of the paper that introduced them,
+# ZeRO (zero redundancy optimizer):
 #
 # | sharded | bytes a parameter on each of n | sent a step, times the weights' size |
 # |---|---|---|
