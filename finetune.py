@@ -25,14 +25,13 @@ from torch.nn import functional as F
 
 import bpe
 import train
-from glass import checkpoint, weights
+from glass import checkpoint, parallel, weights
 from glass.chat import MARKERS, Template, encode_chat, encode_for_class, messages_of
 from glass.device import (
-    Processes,
     autocast,
     choose_device,
     choose_dtype,
-    count_processes,
+    join_processes,
     keep_freed_memory,
 )
 from glass.files import read_function, write_json
@@ -521,12 +520,15 @@ class Prefer(Instruct):
         return self.sample_answers(model, [pair.chosen for pair in pairs])
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, weight, settings, reference_logprobs=None):
+def grpo_loss(
+    logprobs, old_logprobs, advantages, weight, settings, reference_logprobs=None, n_tokens=None
+):
     """GRPO's clipped objective, negative, as a mean over answer tokens.
 
     logprobs, old_logprobs and reference_logprobs (B, T): of each token under the current model, the
     one that drew the answers, and the reference model. weight (B, T): how often each token was
-    drawn, 0 for prompts and padding. advantages (B,).
+    drawn, 0 for prompts and padding. advantages (B,). n_tokens: of the whole step, if other
+    processes have a part of it.
     """
     s, A = settings, advantages[:, None]
     ratio = (logprobs - old_logprobs).exp()
@@ -535,7 +537,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, weight, settings, reference_lo
         difference = reference_logprobs - logprobs
         kl_divergence = difference.exp() - difference - 1  # an estimate that is never negative
         objective = objective - s.kl_coef * kl_divergence
-    return -(objective * weight).sum() / weight.sum().clamp(min=1)
+    total = weight.sum() if n_tokens is None else torch.tensor(n_tokens)
+    return -(objective * weight).sum() / total.clamp(min=1)
 
 
 class Reinforce(Instruct):
@@ -551,10 +554,10 @@ class Reinforce(Instruct):
     Where rows have a kind, kinds whose groups often have unequal rewards are drawn more often.
     """
 
-    def __init__(self, settings, records, model, tokenizer):
+    def __init__(self, settings, records, model, tokenizer, processes=None):
         # read first, so that a wrong one ends the run at once
         reward = read_function(settings.reward, "reward", "reward(prompt, answer) -> float")
-        super().__init__(settings, records, model, tokenizer)
+        super().__init__(settings, records, model, tokenizer, processes)
         self.reward_function = reward
         # an estimate: as if every drawn answer were as long as the row's reference answer
         self.tokens_per_step *= settings.group_size
@@ -595,28 +598,27 @@ class Reinforce(Instruct):
             self.reference_model = copy.deepcopy(model).eval()
             self.reference_model.load_state_dict(saved["reference_model"])
 
-    def rows(self, first, count):
+    def step_rows(self, step):
         """The prompts of a step: a function of the seed, the step and `differing`."""
         kinds = list(self.by_kind)
         # a little is added, so that a kind whose groups never differed is still looked at
         chances = np.array([0.05 + self.differing[kind] for kind in kinds])
-        random = np.random.default_rng((self.settings.seed, first // self.rows_per_step))
+        random = np.random.default_rng((self.settings.seed, step))
         chosen = random.choice(len(kinds), self.rows_per_step, p=chances / chances.sum())
         pools = [self.by_kind[kinds[i]] for i in chosen]
         return [pool[random.integers(len(pool))] for pool in pools]
 
     @torch.no_grad()
-    def draw(self, model, examples):
+    def draw(self, model, examples, step=0):
         """Draw a group of answers to each example's prompt, reward them, and keep those that teach.
 
         Keeps the distinct answers of groups whose rewards differ, or with kl_coef those of all
         groups. Gives their sequences, is_answer, advantages (B,) and counts (B,): how often each
-        was drawn.
+        was drawn. The answers of several processes are put together, so all give the same.
         """
         s, G = self.settings, self.settings.group_size
         prompts = [self.prompt(example.row) for example in examples]
-        repeated = [ids for ids in prompts for _ in range(G)]
-        answers = answer(model, repeated, self.stop, s.answer_tokens, temperature=1.0)
+        answers = self.draw_answers(model, prompts, step)
         pairs = [
             (i // G, tuple(ids)) for i, ids in enumerate(answers)
         ]  # (place of the prompt, answer)
@@ -646,6 +648,30 @@ class Reinforce(Instruct):
             "counts": torch.tensor([counts[pair] for pair in kept]),
         }
 
+    def draw_answers(self, model, prompts, step):
+        """group_size answers to each prompt, one after another, as a list of lists of ids.
+
+        Every answer has a generator of its own, so it does not matter which process draws it.
+        """
+        G, processes = self.settings.group_size, self.processes
+        n = len(prompts) * G
+        numbers = range(n)
+        if not parallel.is_shard(model.tok_emb.weight):  # a shared model runs in all or in none
+            numbers = range(processes.rank, n, processes.size)
+        seeds = [train.noise_seed(self.settings.seed, step, number) % 2**63 for number in numbers]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        own = answer(
+            model,
+            [prompts[number // G] for number in numbers],
+            self.stop,
+            self.settings.answer_tokens,
+            temperature=1.0,
+            generators=generators,
+        )
+        if len(numbers) == n:
+            return own
+        return processes.together(own)
+
     def count_differing(self, examples, differs):
         """Update each kind's fraction of groups that differ: a running mean over some 32 groups."""
         for kind, fraction in self.differing.items():
@@ -673,10 +699,20 @@ class Reinforce(Instruct):
 
     def loss(self, model, examples, step_examples, step):
         if step % self.settings.updates_per_sample == 0:
-            self.sampled = self.draw(model, examples)
+            self.sampled = self.draw(model, step_examples, step)
         drawn = self.sampled
         with_masks = zip(drawn["sequences"], drawn["is_answer"], strict=True)
         answered = [Answered(ids, is_answer, row=None) for ids, is_answer in with_masks]
+        advantages, counts = (drawn[name].to(self.device) for name in ("advantages", "counts"))
+        n_tokens = sum(
+            count * sum(each.is_answer)
+            for count, each in zip(drawn["counts"].tolist(), answered, strict=True)
+        )
+        if self.processes.size > 1:
+            own = list(range(self.processes.rank, len(answered), self.processes.size))
+            counts = counts[own] if own else counts[:1] * 0  # every process has a backward pass
+            own = own or [0]
+            answered, advantages = [answered[i] for i in own], advantages[own]
         logprobs, is_scored = answer_logprobs(model, answered)  # (B, T - 1)
         if "old_logprobs" not in drawn:  # the first update on these answers
             drawn["old_logprobs"] = logprobs.detach()
@@ -685,10 +721,9 @@ class Reinforce(Instruct):
         if self.reference_model:
             with torch.no_grad():
                 reference_logprobs = answer_logprobs(self.reference_model, answered)[0]
-        advantages, counts = (drawn[name].to(self.device) for name in ("advantages", "counts"))
         weight = is_scored * counts[:, None]
         return grpo_loss(
-            logprobs, old_logprobs, advantages, weight, self.settings, reference_logprobs
+            logprobs, old_logprobs, advantages, weight, self.settings, reference_logprobs, n_tokens
         )
 
     def evaluate(self, model, context, processes, n_rows=None):
@@ -793,20 +828,41 @@ def check_given(given):
             raise ValueError(
                 f"{named} would do nothing with task={task}, only with task={other}: leave it out"
             )
-    if count_processes() > 1:
-        raise ValueError("finetune.py runs in one process: start it with python, not torchrun")
+
+
+def check_processes(settings, way, processes):
+    """ValueError for what several processes cannot do."""
+    s, G = settings, settings.batch_size * settings.gradient_accumulation_steps
+    if G % processes.size:
+        raise ValueError(
+            f"batch_size x gradient_accumulation_steps={G} must be a multiple of the "
+            f"{processes.size} processes: change either"
+        )
+    if processes.size > 1 and s.task == "reinforce" and s.updates_per_sample > 1:
+        raise ValueError(
+            f"updates_per_sample={s.updates_per_sample} needs one process, found "
+            f"{processes.size}: set it to 1"
+        )
+    if way in parallel.SHARED and (s.kl_coef or s.trainable == "lora"):
+        named = f"kl_coef={s.kl_coef}" if s.kl_coef else "trainable=lora"
+        raise ValueError(f"{named} needs a whole model in each process: take --parallel=ddp")
 
 
 def finish(run, context, adapter):
-    """Load the best checkpoint, write the adapter of a LoRA run, and test the model."""
-    stage, model = run.task, run.model
+    """Load the best checkpoint, write the adapter of a LoRA run, and test the model.
+
+    Every process takes part, since a shared model runs in all or in none; the main one reports.
+    """
+    stage, model, is_main = run.task, run.model, run.processes.is_main
+    run.processes.wait()  # until the checkpoint is written
     state = checkpoint.load(run.folder, "best")
-    model.load_state_dict(state["model"])
-    if adapter:
+    run.load_weights(state)
+    if adapter and is_main:
         with warned_about(run.folder / "adapter.safetensors"):
             weights.save_adapter(model, run.folder / "adapter.safetensors")
     if stage.examples["test"]:
-        after = stage.test(model, context, run.folder)
+        after = stage.test(model, context, run.folder if is_main else None)
+    if stage.examples["test"] and is_main:
         say(f"test, with the checkpoint of step {state['step']}: {described(after)}")
         with warned_about(run.folder / "test.json"):
             write_json(run.folder / "test.json", {"before": stage.test_before, "after": after})
@@ -824,6 +880,7 @@ def main(argv):
             f"dataset={s.dataset}, split by seed={s.seed}, is not what {s.out_dir} was trained on: "
             "restore both, or start a new run"
         )
+    processes = join_processes(device, s.backend)
     if device.type == "cpu":
         keep_freed_memory()
     model, tokenizer = build_model(s, records, state)
@@ -833,37 +890,47 @@ def main(argv):
             f"{model.config.block_size} positions: lower it, or leave it out"
         )
     freeze(model, s)
-    stage = STAGES[s.task](s, records, model.to(device), tokenizer)
-    sizes = ", ".join(f"{len(examples)} {split}" for split, examples in stage.examples.items())
-    say(f"{s.task} on {s.dataset} ({sizes}), from {s.init_from}")
-    say(model.summary())
-    processes = Processes(device=device)
+    way = parallel.choose_way(s, model.parameter_count(), processes)
+    check_processes(s, way, processes)
+    model = model.to(processes.device)
+    parallel.shard(model, way, processes, choose_dtype(s.dtype, processes.device))
+    stage = STAGES[s.task](s, records, model, tokenizer, processes)
+    if processes.is_main:
+        sizes = ", ".join(f"{len(examples)} {split}" for split, examples in stage.examples.items())
+        say(f"{s.task} on {s.dataset} ({sizes}), from {s.init_from}")
+        say(model.summary())
     if s.eval_only:
         return evaluate_only(stage, model, context, state, processes)
-    run, lock = train.start(s, chosen, model, stage, processes, state)
+    run, lock = train.start(s, chosen, model, way, stage, processes, state)
     if stage.examples["test"] and not state:
-        stage.test_before = stage.test(model, context, run.folder)
-        say(f"test, before: {described(stage.test_before)}")
+        stage.test_before = stage.test(model, context, run.folder if processes.is_main else None)
+        if processes.is_main:
+            say(f"test, before: {described(stage.test_before)}")
     progress = Progress(run)
     stop = train.train(run, progress)
     progress.close(stop)
     run.check_saved()
     if not stop:
         finish(run, context, adapter=s.trainable == "lora")
-    lock.release()
+    if lock:
+        lock.release()
+    processes.leave()
     return (128 + stop) if stop else 0  # as shells do for signals
 
 
 def evaluate_only(stage, model, context, state, processes):
     """Print the figures of the validation and test rows, and stop."""
     if state:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(parallel.shards_like(state["model"], model.state_dict()))
         stage.restore(model, state["task"])
     else:
         stage.begin(model)
-    say(described(stage.evaluate(model, context, processes)))
+    lines = [described(stage.evaluate(model, context, processes))]
     if stage.examples["test"]:
-        say(f"test: {described(stage.test(model, context))}")
+        lines.append(f"test: {described(stage.test(model, context))}")
+    if processes.is_main:
+        say("\n".join(lines))
+    processes.leave()
     return 0
 
 

@@ -78,6 +78,7 @@ class GPTConfig:
     zero_init: bool = False  # output projections and an untied head start at zero
     loss_chunk: Free[int | None] = None  # compute the loss this many tokens at a time: less memory
     attention: Free[Literal["auto", "sdpa", "explicit"]] = "auto"  # auto: the faster one
+    recompute: Free[bool] = False  # keep only what blocks read, and run them again in backward
     lora_rank: int | None = None  # rank of LoRA's matrices; None: no LoRA
     lora_alpha: float = 16.0  # LoRA's products are scaled by lora_alpha / lora_rank
     lora_targets: str = LINEAR_LAYERS  # the linear layers that get LoRA
@@ -535,6 +536,16 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class RecomputedBlock(Block):
+    """A Block of which training keeps the input only; the backward pass runs it again.
+
+    The noise of dropout is the same both times.
+    """
+
+    def forward(self, *inputs):
+        return recompute(super().forward, *inputs, use_reentrant=False)
+
+
 # Three functions, each in two versions. The settings smear, embed_skip and loss_chunk choose.
 
 
@@ -548,7 +559,11 @@ class SmearedEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.smear = nn.Parameter(torch.zeros(config.n_embd))
+        self.smear = nn.Parameter(torch.empty(config.n_embd))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.smear)
 
     def forward(self, tok_emb, idx, positions, cache):
         x = tok_emb(idx)  # (B, T, C)
@@ -570,8 +585,13 @@ class EmbedSkip(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.stream_share = nn.Parameter(torch.ones(config.n_layer))
-        self.embed_share = nn.Parameter(torch.zeros(config.n_layer))
+        self.stream_share = nn.Parameter(torch.empty(config.n_layer))
+        self.embed_share = nn.Parameter(torch.empty(config.n_layer))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.stream_share)
+        nn.init.zeros_(self.embed_share)
 
     def forward(self, x, embedded, layer):
         return self.stream_share[layer] * x + self.embed_share[layer] * embedded
@@ -632,7 +652,8 @@ class GPT(nn.Module):
         else:
             self.pos_emb = RotaryPositions(config)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        make_block = RecomputedBlock if config.recompute else Block
+        self.blocks = nn.ModuleList(make_block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -645,24 +666,30 @@ class GPT(nn.Module):
             self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
-        """Draw fresh weights, from input to output: GPT-2's N(0, 0.02), biases zero, norms one."""
+    def init_weights(self, normal_=nn.init.normal_):
+        """Draw fresh weights, from input to output: GPT-2's N(0, 0.02), biases zero, norms one.
+
+        normal_(tensor, std=...) draws them.
+        """
         std = 0.02
         # 2 L outputs are added to the residual stream: 1 / sqrt(2 L) keeps its variance
         residual_std = (
             0.0 if self.config.zero_init else std / math.sqrt(2 * max(1, len(self.blocks)))
         )
-        nn.init.normal_(self.tok_emb.weight, std=std)
+        normal_(self.tok_emb.weight, std=std)
         if isinstance(self.pos_emb, LearnedPositions):
-            nn.init.normal_(self.pos_emb.weight, std=std)
+            normal_(self.pos_emb.weight, std=std)
+        for part in (self.embed_tokens, self.block_input):
+            if isinstance(part, SmearedEmbedding | EmbedSkip):
+                part.reset_parameters()
         for block in self.blocks:
             attn, mlp = block.attn, block.mlp
             inner = [attn.q_proj, attn.k_proj, attn.v_proj, mlp.up_proj]
             inner += [mlp.gate_proj] if isinstance(mlp, SwiGLU) else []
             for linear in inner:
-                nn.init.normal_(linear.weight, std=std)
+                normal_(linear.weight, std=std)
             for linear in (attn.o_proj, mlp.down_proj):
-                nn.init.normal_(linear.weight, std=residual_std)
+                normal_(linear.weight, std=residual_std)
             for linear in (*inner, attn.o_proj, mlp.down_proj):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
@@ -670,7 +697,7 @@ class GPT(nn.Module):
             block.mlp_norm.reset_parameters()
         self.final_norm.reset_parameters()
         if not self.config.tie_weights:
-            nn.init.normal_(self.head.weight, std=0.0 if self.config.zero_init else std)
+            normal_(self.head.weight, std=0.0 if self.config.zero_init else std)
 
     def embed(self, idx, cache=None):
         """What the blocks read: x (B, T, C), positions (T,) or (B, T), rotation, mask."""

@@ -65,6 +65,7 @@ from glass import (
     looking,
     matches,
     optim,
+    parallel,
     pictures,
     progress,
     records,
@@ -1656,6 +1657,170 @@ def test_two_processes_make_the_run_of_one_and_their_checkpoint_resumes_in_one(w
         train.main, ["--init_from=resume", "--out_dir=out/two", "--max_iters=21"], capsys
     )
     assert status == 0 and "step 21/21" in out
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def run_processes(n, script, *argv):
+    """Run a script in n processes by torchrun, one thread each; its finished process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command = [*TORCHRUN, f"--nproc_per_node={n}", str(script), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("n", "way", "words"),
+    [
+        (2, "fsdp", "--optimizer=adamw --gradient_accumulation_steps=3"),
+        (4, "hsdp", "--optimizer=adamw --tie_weights=True --mlp=swiglu --norm=rmsnorm"),
+    ],
+)
+def test_a_shared_model_trains_as_one_process_does(n, way, words, workdir, capsys):
+    words = [*TINY_RUN, *words.split(), "--learning_rate=3e-4", "--zero_init=False", "--n_layer=2"]
+    words += ["--max_iters=8", "--eval_iters=None"]
+    run_main(train.main, words, capsys)
+    done = run_processes(n, HERE / "train.py", *words, f"--parallel={way}", "--out_dir=out/shared")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(metrics_of("out/small"), metrics_of("out/shared"), strict=True):
+        for key in {"loss", "val_loss", "grad_norm"} & a.keys():
+            assert a[key] == pytest.approx(b[key], abs=1e-5)
+    # the checkpoint is whole: one process reads it, samples from it and goes on, as one that was never shared
+    one, shared = final_state("out/small"), final_state("out/shared")
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(shared["model"][name], tensor, atol=1e-5, rtol=0)
+    for moments in shared["optimizer"][0]["state"].values():
+        assert all(type(tensor) is torch.Tensor for tensor in moments.values())
+    status, *_ = run_main(sample.main, ["--out_dir=out/shared", "--max_new_tokens=4"], capsys)
+    assert status == 0
+    more = ["--init_from=resume", "--max_iters=10"]
+    run_main(train.main, [*more, "--out_dir=out/small"], capsys)
+    if way == "fsdp":  # and so do several, by another number of processes than before
+        done = run_processes(3, HERE / "train.py", *more, "--out_dir=out/shared", "--parallel=fsdp")
+        assert done.returncode == 0, done.stderr
+    else:
+        status, *_ = run_main(train.main, [*more, "--out_dir=out/shared"], capsys)
+        assert status == 0
+    assert metrics_of("out/small")[-2]["loss"] == pytest.approx(
+        metrics_of("out/shared")[-2]["loss"], abs=1e-5
+    )
+
+
+ON_SHARDS = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from glass import optim, parallel
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
+from torch.distributed.tensor import Shard, distribute_tensor
+torch.manual_seed(0)
+for shape in ((8, 12), (7, 5), (2, 9)):  # rows that three processes share evenly, and not
+    whole = [torch.nn.Parameter(torch.randn(shape)) for _ in range(4)]
+    shared = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+    one, many = (optim.Muon(each, 0.02, 0.9, 0.1) for each in (whole, shared))
+    for _ in range(3):
+        for p, q in zip(whole, shared):
+            p.grad = torch.randn(shape)
+            q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        one.step()
+        many.step()
+    for p, q in zip(whole, parallel.whole([q.detach() for q in shared])):
+        assert torch.equal(p.detach(), q), (p - q).abs().max()
+    again = parallel.shard_like(whole[0].detach(), shared[0])
+    assert torch.equal(again.full_tensor(), whole[0].detach())
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+def test_muon_on_shards_is_muon_on_the_whole_matrix(in_tmp_path):
+    Path("on_shards.py").write_text(ON_SHARDS)
+    done = run_processes(3, "on_shards.py")
+    assert done.returncode == 0 and done.stdout.count("equal") == 3, done.stderr
+
+
+FOUR_STAGES = """
+import os, sys
+import finetune
+for number, line in enumerate(open("stages.txt")):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # a store of its own for each
+    finetune.main([*line.split(), *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_each_stage_is_the_same_in_two_processes(way, long_base, capsys):
+    Path("reward.py").write_text("def reward(prompt, answer):\n    return float(len(answer))\n")
+    Path("stages.py").write_text(FOUR_STAGES)
+    lines = []
+    for task, dataset in TASKS.items():
+        more = ["--reward=reward.py"] if task == "reinforce" else []
+        tune(task, capsys, *more, out=f"one-{task}")
+        words = [f"--task={task}", f"--dataset={dataset}.jsonl", *TINY_TUNE, *more]
+        lines.append(" ".join([*words, f"--out_dir=out/two-{task}"]))
+    Path("stages.txt").write_text("\n".join(lines))
+    done = run_processes(2, "stages.py", f"--parallel={way}")
+    assert done.returncode == 0, done.stderr
+    for task in TASKS:
+        one, two = metrics_of(f"out/one-{task}"), metrics_of(f"out/two-{task}")
+        for a, b in zip(one, two, strict=True):
+            for key in {"loss", "grad_norm", "reward", "val_loss"} & a.keys():
+                assert a[key] == pytest.approx(b[key], abs=1e-5), (task, key)
+        figures = [
+            json.loads(Path(f"out/{n}-{task}/test.json").read_text()) for n in ("one", "two")
+        ]
+        for key, value in figures[0]["after"].items():
+            assert figures[1]["after"][key] == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "n", "says"),
+    [
+        (dict(parallel="hsdp"), 3, "needs groups of equal size, found 3 processes"),
+        (dict(parallel="fsdp", dtype="float16"), 2, "no scaler for float16"),
+    ],
+)
+def test_ways_to_share_a_model_that_cannot_be(changes, n, says):
+    with pytest.raises(ValueError, match=says):
+        parallel.choose_way(train.Settings(**changes), 1000, Processes(0, n))
+
+
+def test_a_model_too_large_for_a_copy_in_each_process_is_shared(monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "free_memory", lambda device: 4_000_000_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings = train.Settings()
+    assert parallel.choose_way(settings, 10**8, Processes(0, 2)) == "ddp"
+    assert parallel.choose_way(settings, 2 * 10**8, Processes(0, 2)) == "fsdp"
+    assert parallel.choose_way(train.Settings(parallel="fsdp"), 9, Processes()) is None
+    said = capsys.readouterr().out
+    assert "are 3.2 GB and a process has 2.0 GB" in said and "has one process here" in said
+
+
+def test_a_tuning_that_several_processes_cannot_do_is_refused():
+    settings = finetune.Settings(task="reinforce", updates_per_sample=2)
+    with pytest.raises(ValueError, match="updates_per_sample=2 needs one process, found 2"):
+        finetune.check_processes(settings, "ddp", Processes(0, 2))
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        finetune.check_processes(finetune.Settings(), "ddp", Processes(0, 3))
+    with pytest.raises(ValueError, match="needs a whole model in each process"):
+        finetune.check_processes(finetune.Settings(trainable="lora"), "fsdp", Processes(0, 2))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_blocks_give_the_same_gradients(dropout):
+    results = []
+    for recompute in (False, True):
+        model = tiny_model(dropout=dropout, recompute=recompute, smear=True, pos="rope").train()
+        idx = torch.arange(48).view(2, 24)
+        torch.manual_seed(7)
+        loss = model(idx, idx + 1)[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert_same(*results)
 
 
 RATES = (

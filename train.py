@@ -5,6 +5,7 @@ come from the seed and s alone. So evaluating more often changes nothing, and a 
 and resumed ends with the same weights as one that is not. `train` holds the whole training step.
 """
 
+import itertools
 import math
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,10 +15,9 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from glass import checkpoint, optim
+from glass import checkpoint, optim, parallel
 from glass.about import write_about
 from glass.device import (
     autocast,
@@ -93,6 +93,8 @@ class Settings(GPTConfig):
     dtype: Tunable[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"  # of products
     compile: Free[bool | Literal["auto"]] = "auto"  # torch.compile; auto: on a GPU
     backend: Free[str | None] = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
+    # several processes: a copy of the model in each, or shared between all, or within a machine
+    parallel: Free[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"  # auto: ddp where that fits
 
     def __post_init__(self):
         super().__post_init__()
@@ -142,6 +144,11 @@ class Pretraining:
         """Windows of the training split: (count, T + 1) int64."""
         return torch.from_numpy(self.windows.rows(first, count))
 
+    def step_rows(self, step):
+        """The numbers of the rows of a step, over all processes."""
+        G = self.settings.batch_size * self.settings.gradient_accumulation_steps
+        return range(step * G, (step + 1) * G)
+
     def loss(self, model, rows, step_rows, step):
         """The mean loss of `rows`, (b, T + 1), times their fraction of the step's rows."""
         if self.device.type == "cuda":  # copied without waiting
@@ -186,19 +193,20 @@ class Pretraining:
 def estimate_loss(model, batches, context, processes):
     """Mean cross-entropy in nats over all scored tokens.
 
-    batches: pairs of numpy arrays, idx and targets, (B, T) each. Each process takes its share of
-    them; all get the mean.
+    batches: an iterator of pairs of numpy arrays, idx and targets, (B, T) each. The processes take
+    them in turn; all get the mean.
     """
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, scored tokens
-    for i, batch in enumerate(batches):
-        if i % processes.size == processes.rank:
-            idx, targets = (torch.from_numpy(array).to(model.device) for array in batch)
-            n_scored = int((batch[1] != -100).sum())
-            with context:
-                loss = model(idx, targets)[1]
-            total += torch.tensor([loss.item() * n_scored, n_scored], dtype=torch.float64)
+    while turn := list(itertools.islice(batches, processes.size)):
+        is_ours = processes.rank < len(turn)
+        batch = turn[processes.rank if is_ours else 0]  # a shared model runs in all or in none
+        idx, targets = (torch.from_numpy(array).to(model.device) for array in batch)
+        n_scored = int((batch[1] != -100).sum()) if is_ours else 0
+        with context:
+            loss = model(idx, targets)[1]
+        total += torch.tensor([loss.item() * n_scored, n_scored], dtype=torch.float64)
     model.train(was_training)
     summed_loss, n_scored = processes.reduce(total).tolist()
     return summed_loss / n_scored
@@ -216,7 +224,7 @@ def train(run, progress):
     signals, context = StopSignals(), autocast(model.device, choose_dtype(s.dtype, model.device))
     G = s.batch_size * s.gradient_accumulation_steps  # sequences of one step, over all processes
     share = G // processes.size  # of this process
-    wrapped = DistributedDataParallel(model) if processes.size > 1 else model
+    wrapped = parallel.wrap(model, run.way)
     rows = task.rows(run.step * G + processes.rank * share, share)
     model.train()
 
@@ -230,11 +238,12 @@ def train(run, progress):
         # one update: rate and noise depend on the step alone; the gradient is the mean over G rows
         optim.set_learning_rates(optimizers, step, s)
         torch.manual_seed(noise_seed(s.seed, step, processes.rank))
+        step_rows = task.step_rows(step)
         for first in range(0, share, s.batch_size):
-            if processes.size > 1:  # gradients are exchanged in the last backward pass only
-                wrapped.require_backward_grad_sync = first + s.batch_size >= share
+            parallel.exchange(wrapped, run.way, is_last=first + s.batch_size >= share)
             with context:
-                loss = task.loss(wrapped, rows[first : first + s.batch_size], rows, step)
+                loss = wrapped(task.loss, rows[first : first + s.batch_size], step_rows, step)
+                loss = loss * processes.size  # the exchange takes the mean over processes
             scaler.scale(loss).backward()
             progress.add(loss.detach())
         rows = task.rows(
@@ -242,9 +251,7 @@ def train(run, progress):
         )  # while the GPU is still busy
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), s.grad_clip or math.inf
-        ).item()
+        grad_norm = parallel.clip_gradients(model, s.grad_clip)
         for optimizer in optimizers:
             if math.isfinite(grad_norm):  # else no optimizer moves, and a scaler lowers its scale
                 scaler.step(optimizer)
@@ -274,7 +281,9 @@ def between_updates(run, context, progress, signals):
     if step and not stop and (ends or step % s.eval_interval == 0):
         figures = task.evaluate(run.model, context, processes)
         run.note_evaluation(figures["val_loss"], is_final=ends)
-        progress.evaluated(figures)
+        takes_part = processes.is_main or run.way in parallel.SHARED
+        text = task.sample(run.model) if s.sample_tokens and takes_part else None
+        progress.evaluated(figures, text)
     elif step and not stop and n_rows and step % glance_interval == 0:
         progress.glanced(task.evaluate(run.model, context, processes, n_rows), n_rows)
     is_stuck = s.patience is not None and run.evaluations_without_better >= s.patience
@@ -303,12 +312,15 @@ def compile_in_place(run):
     if s.compile is False or (s.compile == "auto" and model.device.type != "cuda"):
         return
     rows = run.task.rows(0, s.batch_size)
-    model.compile(dynamic=False)
+    compiled = model.blocks if run.way in parallel.SHARED else [model]
+    for module in compiled:
+        module.compile(dynamic=False)
     try:
         with autocast(model.device, choose_dtype(s.dtype, model.device)):
             run.task.loss(model, rows, rows, 0).backward()
     except Exception as error:  # a missing part of the compiler can raise any type
-        model._compiled_call_impl = None  # undo model.compile(): torch has no call for it
+        for module in compiled:
+            module._compiled_call_impl = None  # undo compile(): torch has no call for it
         say(f"compile failed, training goes on without it ({checkpoint.first_line(error)})")
     model.zero_grad(set_to_none=True)
 
@@ -351,14 +363,35 @@ def check_dataset(settings, dataset, given, state):
         )
 
 
-def build_model(settings, tokenizer, state):
-    """A fresh model, the one that a checkpoint's state describes, or one with published weights."""
+def build_model(settings, tokenizer, state, processes):
+    """(model, way): fresh, as a checkpoint's state describes it, or with published weights.
+
+    way: how the processes share it; see glass/parallel.py. A fresh model that is shared out is
+    never whole in a process.
+    """
     s = settings
-    if state:
-        return GPT(resumed_config(state, s))
-    if s.init_from in FRESH:
-        torch.manual_seed(s.seed)
-        return GPT(model_config(s, tokenizer.vocab_size))
+    dtype = choose_dtype(s.dtype, processes.device)
+    if state or s.init_from in FRESH:
+        config = resumed_config(state, s) if state else model_config(s, tokenizer.vocab_size)
+        way = parallel.choose_way(s, count_parameters(config), processes)
+        if way not in parallel.SHARED:
+            torch.manual_seed(s.seed)
+            return GPT(config).to(processes.device), way
+        with torch.device("meta"):
+            model = GPT(config)
+        parallel.shard(model, way, processes, dtype)
+        model.to_empty(device=processes.device)
+        parallel.fill(model, s.seed)
+        return model, way
+    model = published_model(s, tokenizer).to(processes.device)
+    way = parallel.choose_way(s, model.parameter_count(), processes)
+    parallel.shard(model, way, processes, dtype)
+    return model, way
+
+
+def published_model(settings, tokenizer):
+    """A model with the published weights that init_from names, checked against the dataset."""
+    s = settings
     choices = dict(dropout=s.dropout, attn_dropout=s.attn_dropout)
     choices |= dict(attention=s.attention, loss_chunk=s.loss_chunk)
     model = GPT.from_pretrained(s.init_from, dtype=torch.float32, **choices)
@@ -421,10 +454,10 @@ def say_settings(settings):
     say(f"settings other than the defaults: {shown}")
 
 
-def start(settings, chosen, model, task, processes, state):
+def start(settings, chosen, model, way, task, processes, state):
     """(Run, lock of its folder): a new run, or the one of `state`, ready to train.
 
-    chosen: the settings as given, before anything is derived.
+    chosen: the settings as given, before anything is derived. way: how processes share the model.
     """
     lock = None
     if settings.wandb_log and processes.is_main:
@@ -439,7 +472,7 @@ def start(settings, chosen, model, task, processes, state):
         )
     if processes.is_main:
         settings, lock = claim_folder(settings, state)
-    run = Run(settings, chosen | {"out_dir": settings.out_dir}, model, task, processes)
+    run = Run(settings, chosen | {"out_dir": settings.out_dir}, model, way, task, processes)
     if state:
         run.restore(state)
     else:
@@ -506,7 +539,7 @@ def main(argv):
     processes = join_processes(device, settings.backend)
     if device.type == "cpu":
         keep_freed_memory()
-    model = build_model(settings, dataset.tokenizer, state).to(processes.device)
+    model, way = build_model(settings, dataset.tokenizer, state, processes)
     if settings.init_from not in FRESH and not state:
         settings, chosen = with_model(settings, chosen, model.config, options)
     task = Pretraining(settings, dataset, processes.device)
@@ -515,11 +548,14 @@ def main(argv):
         say(model.summary())
     if settings.eval_only:
         if state:
-            model.load_state_dict(state["model"])
+            model.load_state_dict(parallel.shards_like(state["model"], model.state_dict()))
         context = autocast(model.device, choose_dtype(settings.dtype, model.device))
-        say(described(task.evaluate(model, context, processes)))
+        figures = task.evaluate(model, context, processes)
+        if processes.is_main:
+            say(described(figures))
+        processes.leave()
         return 0
-    run, lock = start(settings, chosen, model, task, processes, state)
+    run, lock = start(settings, chosen, model, way, task, processes, state)
     compile_in_place(run)
     progress = Progress(run)
     stop = train(run, progress)

@@ -130,6 +130,18 @@ class Processes:
         dist.all_reduce(values, op)
         return values.cpu()
 
+    def together(self, own):
+        """The items of all processes as one list, in turn: item i is from process i % size."""
+        lists = [None] * self.size
+        dist.all_gather_object(lists, own)
+        n = sum(map(len, lists))
+        return [lists[i % self.size][i // self.size] for i in range(n)]
+
+    def wait(self):
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def leave(self):
         """Wait until every process is done, then leave the group."""
         if self.size > 1:

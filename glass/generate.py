@@ -180,11 +180,12 @@ def padded(sequences, device):
     return idx.to(device), lengths.to(device)
 
 
-def answer(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
+def answer(model, prompts, stop, max_new_tokens, temperature, batch_size=128, generators=None):
     """The model's answer to each prompt, both as lists of ids.
 
     If a stop id came, it is the last id of the answer. Prompts of similar length are answered
-    together. The model is in evaluation mode meanwhile.
+    together. generators: one for each prompt, so that its draws do not depend on the others. The
+    model is in evaluation mode meanwhile.
     """
     was_training = model.training
     model.eval()
@@ -194,6 +195,8 @@ def answer(model, prompts, stop, max_new_tokens, temperature, batch_size=128):
         chosen = by_length[first : first + batch_size]
         idx, lengths = padded([prompts[i] for i in chosen], model.device)
         options = dict(temperature=temperature, stop=stop, lengths=lengths)
+        if generators is not None:
+            options["generator"] = [generators[i] for i in chosen]
         new = generate(model, idx, max_new_tokens, **options)[:, idx.shape[1] :]
         for i, ids in zip(chosen, new.tolist(), strict=True):
             ends = [place for place, token in enumerate(ids) if token in stop]

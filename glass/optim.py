@@ -5,6 +5,7 @@ import math
 import torch
 
 from glass.device import choose_dtype
+from glass.parallel import is_shard, local, on_whole_matrices, shard_like
 
 
 def lr_multiplier(step, settings):
@@ -71,13 +72,18 @@ class Muon(torch.optim.Optimizer):
                 self.update(matrices, group)
 
     def update(self, matrices, group):
-        """Update a list of matrices that all have one shape."""
+        """Update a list of matrices that all have one shape, or this process's rows of them."""
         grads = [p.grad for p in matrices]
         momenta = [self.state[p]["momentum"] for p in matrices]
+        first, matrices = matrices[0], [local(p) for p in matrices]  # updated in place
+        grads, momenta = [local(grad) for grad in grads], [local(each) for each in momenta]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's look ahead
-        updates = orthogonalise(torch.stack(ahead)).to(matrices[0].dtype)  # (n, rows, columns)
-        rows, columns = matrices[0].shape
+        if is_shard(first):
+            updates = on_whole_matrices(orthogonalise, ahead, first)
+        else:
+            updates = orthogonalise(torch.stack(ahead)).to(first.dtype)  # (n, rows, columns)
+        rows, columns = first.shape
         scale = max(1, rows / columns) ** 0.5
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * scale)
@@ -128,7 +134,14 @@ def load_moments(optimizers, saved):
     """
     for optimizer, state in zip(optimizers, saved, strict=True):
         options = [{**group} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state)
+        parameters = [p for group in options for p in group["params"]]
+        moments = {}
+        for i, tensors in state["state"].items():
+            moments[i] = {
+                name: shard_like(tensor, parameters[i]) if tensor.ndim else tensor
+                for name, tensor in tensors.items()
+            }
+        optimizer.load_state_dict({**state, "state": moments})
         for group, of_this_run in zip(optimizer.param_groups, options, strict=True):
             del of_this_run["params"]
             group.update(of_this_run)

@@ -137,8 +137,8 @@ class Progress:
         else:
             self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} tokens/s")
 
-    def evaluated(self, figures):
-        """Report an evaluation, redraw loss.png and show a sample of text.
+    def evaluated(self, figures, text=None):
+        """Report an evaluation, redraw loss.png and show a sample of text, if there is one.
 
         figures: the results by name.
         """
@@ -156,8 +156,7 @@ class Progress:
         tokens = step * self.tokens_per_step
         self.write(step=step, tokens=tokens, train_loss=train_loss, **figures, seconds=seconds)
         self.train_losses = []
-        if run.settings.sample_tokens:
-            text = run.task.sample(run.model)
+        if text is not None:
             say(text)
             with warned_about(run.folder / "samples.jsonl"):
                 with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as file:

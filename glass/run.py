@@ -5,6 +5,7 @@ A run trains a model at a task. train.py and finetune.py each bring a task. It h
 
     begin(model)                         remembers what it needs of the model at the start
     rows(first, count)                   rows of the endless list that the run works through
+    step_rows(step)                      all rows of a step, for their number or what they hold
     loss(model, rows, step_rows, step)   what `rows`, a part of the step's, add to its mean loss
     evaluate(model, context, processes, n_rows=None)   figures by name, val_loss among them
     sample(model)                        text to look at after an evaluation
@@ -21,11 +22,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from glass import checkpoint
 from glass.device import choose_dtype
 from glass.files import lock, read_object
 from glass.optim import load_moments, make_optimizers
+from glass.parallel import SHARED, shards_like, whole
 from glass.progress import say, warned_about
 from glass.settings import defaults_of, with_role
 from model import GPTConfig
@@ -151,9 +154,10 @@ def run_config(folder):
 class Run:
     """All that a checkpoint holds: model, optimizers, scaler, task, step and best loss."""
 
-    def __init__(self, settings, chosen, model, task, processes):
+    def __init__(self, settings, chosen, model, way, task, processes):
         self.settings, self.chosen, self.folder = settings, chosen, Path(settings.out_dir)
-        self.model, self.task, self.processes = model, task, processes
+        self.model, self.way = model, way  # how the processes share it: see glass/parallel.py
+        self.task, self.processes = task, processes
         self.optimizers = make_optimizers(model, settings)
         dtype = choose_dtype(settings.dtype, model.device)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
@@ -168,7 +172,7 @@ class Run:
 
         Learning rates and other options stay as the settings of this run have them.
         """
-        self.model.load_state_dict(state["model"])
+        self.load_weights(state)
         load_moments(self.optimizers, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # a disabled scaler saved nothing
             self.scaler.load_state_dict(state["scaler"])
@@ -184,15 +188,21 @@ class Run:
             with warned_about(self.folder / checkpoint.BEST):
                 checkpoint.mark_best(self.folder, self.step)
 
+    def load_weights(self, state):
+        """Give the model the weights of a checkpoint's state."""
+        self.model.load_state_dict(shards_like(state["model"], self.model.state_dict()))
+
     def save(self):
         """Write the checkpoint of this step, once, from the main process.
 
         If that fails, training goes on.
         """
-        if not self.processes.is_main or self.saved_step == self.step:
+        is_main = self.processes.is_main
+        if self.saved_step == self.step or not (is_main or self.way in SHARED):
             return
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = self.weights_state() | {
-            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": whole(optimizers, kept=is_main),
             "scaler": self.scaler.state_dict(),
             "run_id": self.id,
             "best_val_loss": self.best_val_loss,
@@ -200,19 +210,25 @@ class Run:
             "evaluated_step": self.evaluated_step,
             "evaluations_without_better": self.evaluations_without_better,
         }
+        is_saved = True
         try:
-            checkpoint.save(self.folder, self.step, state)
-            self.saved_step = self.step
+            if is_main:
+                checkpoint.save(self.folder, self.step, state)
         except OSError as error:
+            is_saved = False
             say(
                 f"WARNING: no checkpoint at step {self.step}: {error}; training goes on, "
                 f"{self.last_checkpoint()}"
             )
+        if self.way in SHARED:  # what is gathered by all is tried again by all, or by none
+            is_saved = self.processes.reduce(torch.tensor([is_saved]), dist.ReduceOp.MIN).item()
+        if is_saved:
+            self.saved_step = self.step
 
     def weights_state(self):
         """The part of a checkpoint that says what the model is."""
         return {
-            "model": self.model.state_dict(),
+            "model": whole(self.model.state_dict(), kept=self.processes.is_main),
             "settings": self.chosen,
             "model_config": asdict(self.model.config),
             "tokenizer": self.task.tokenizer.to_dict(),
@@ -222,9 +238,12 @@ class Run:
 
     def keep_weights(self):
         """Write the weights of this step where no later save removes them. A failure is a warning."""
+        if not (self.processes.is_main or self.way in SHARED):
+            return
+        state = self.weights_state()
         if self.processes.is_main:
             with warned_about(checkpoint.kept_path(self.folder, self.step)):
-                checkpoint.keep_weights(self.folder, self.step, self.weights_state())
+                checkpoint.keep_weights(self.folder, self.step, state)
 
     def note_evaluation(self, val_loss, is_final):
         """Count the evaluation of this step, and mark its checkpoint as best if the loss is lowest.

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from glass.chat import encode_chat, messages_of, stop_ids, template_for
+from glass.device import Processes
 from glass.generate import answer, padded
 from glass.progress import say
 from glass.records import StepOrder, spread
@@ -24,7 +25,7 @@ class Stage:
 
     script = "finetune.py"
 
-    def __init__(self, settings, records, model, tokenizer):
+    def __init__(self, settings, records, model, tokenizer, processes=None):
         s = settings
         self.settings, self.records, self.device = s, records, model.device
         self.tokenizer, self.data_sha256 = tokenizer, records.sha256
@@ -33,6 +34,7 @@ class Stage:
         self.longest = min(s.block_size, model.config.block_size)  # tokens of an example
         self.test_before = {}  # figures of the test split before training
         self.noted = []  # figures of the steps since the last line of the log
+        self.processes = processes or Processes()
         self.examples = {split: self.encode(rows, split) for split, rows in records.splits.items()}
         for split, rows in records.splits.items():
             self.say_unknown(rows, split)
@@ -73,9 +75,13 @@ class Stage:
         return len(example.ids)
 
     def rows(self, first, count):
-        """The examples of the whole step that begins at row `first`, as a list."""
-        places = self.order.of_step(first // self.rows_per_step)
-        return [self.examples["train"][i] for i in places]
+        """`count` examples from row `first` on, of one step, as a list."""
+        step, place = divmod(first, self.rows_per_step)
+        return self.step_rows(step)[place : place + count]
+
+    def step_rows(self, step):
+        """All examples of a step, over all processes, as a list."""
+        return [self.examples["train"][i] for i in self.order.of_step(step)]
 
     def batches(self, examples, batch_size=None):
         """The examples in batches of similar length, for an evaluation: a list of lists."""
