@@ -4,6 +4,7 @@
     python prepare.py shakespeare_char                               # one token per character
     python prepare.py mytext --input notes.txt more/ 'logs/*.jsonl'  # your own text
     python prepare.py mytext --input notes.txt --tokenizer train:4096
+    python prepare.py web --input 'web/*.parquet' --part=3/16        # on a host; at last: --join
 
 It reads .txt, .md, .jsonl, .jsonl.gz and .parquet. A document is a text file, a JSON line or a
 table row; end-of-text stands between documents. If there are fewer than 100 documents, the last
@@ -34,6 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 import bpe
+from glass import parts
 from glass.files import lock, reading, write_json
 from glass.settings import check_type, errors_in_one_line, read_arguments
 from glass.shards import MAKING, META, ShardWriter, folder_of, token_dtype
@@ -62,6 +64,8 @@ class Settings:
     overwrite: bool = False  # make a dataset again that is there already
     objects: int | None = None  # of docs: how many functions and classes; None: 2,000
     allow_unknown: bool = False  # even if a given tokenizer does not know a tenth of the text
+    part: str | None = None  # 3/16: only the third of sixteen parts of the files, counted from 1
+    join: bool = False  # make one dataset of all its parts
 
     def __post_init__(self):
         """Fill in what is None from the table. Raises ValueError for impossible settings."""
@@ -70,7 +74,7 @@ class Settings:
                 "no dataset is named: "
                 f"add one of {' '.join(SOURCES)}, or any name with --input FILE"
             )
-        if self.name not in SOURCES and not self.input:
+        if self.name not in SOURCES and not self.input and not self.join:
             raise ValueError(
                 f"dataset {self.name!r} is unknown: "
                 f"add --input FILE, or choose one of {' '.join(SOURCES)}"
@@ -80,6 +84,13 @@ class Settings:
             raise ValueError(
                 f"dataset {self.name} is generated, so it reads no --input: leave that out"
             )
+        if self.part is not None:
+            parts.parse_part(self.part)
+            if not self.input or (self.tokenizer or "").split(":")[0] in ("char", "word", "train"):
+                raise ValueError(
+                    f"part={self.part} needs --input, and a tokenizer that is there already, gpt2 "
+                    "or a FILE that python bpe.py train made: each part knows its own text only"
+                )
         if self.objects is not None and (self.name != "docs" or self.objects < 1):
             raise ValueError(
                 f"objects={self.objects} is for python prepare.py docs, and at least 1: "
@@ -403,6 +414,8 @@ def prepare(settings):
     New files are made in a folder inside. They replace the old ones when all of them are whole.
     """
     folder, source = folder_of(settings.name), SOURCES.get(settings.name)
+    if settings.part:
+        folder = parts.part_folder(settings.name, *parts.parse_part(settings.part))
     if source and source.kind == "choices":
         for path in input_files(settings):
             print(f"{path}: for evaluate.py --items {settings.name}")
@@ -419,10 +432,14 @@ def prepare(settings):
         files = input_files(settings)
         check_inputs(folder, files)
         (folder / MAKING).mkdir(exist_ok=True)
-        if source and source.records:
+        if settings.part:
+            digest = parts.listing(files)
+            files = parts.files_of(files, *parts.parse_part(settings.part))
+            meta = prepare_text(settings, files, folder / MAKING) | {"listing": digest}
+        elif source and source.records:
             meta = prepare_records(settings, source, files)
         else:
-            meta = prepare_text(settings, files)
+            meta = prepare_text(settings, files, folder / MAKING)
         replace_files(folder, meta)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
@@ -432,9 +449,29 @@ def prepare(settings):
         ) from error
     finally:
         held.release()
+    print_splits(meta)
+    return folder
+
+
+def print_splits(meta):
+    """Print what each split of a dataset holds."""
     for split, about in meta["splits"].items():
         counts = (f"{value:,} {key}" for key, value in about.items() if key != "shards")
         print(f"{split}: {', '.join(counts)}")
+
+
+def join_parts(settings):
+    """Make one dataset of the parts in its folder, and give back the folder."""
+    folder = folder_of(settings.name)
+    if is_prepared(folder, settings):
+        return folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there: make its parts with --part=1/N ..., then join")
+    held = lock(folder, str(folder))
+    try:
+        print_splits(parts.join(settings.name))
+    finally:
+        held.release()
     return folder
 
 
@@ -520,12 +557,11 @@ def replace_files(folder, meta):
     making.rmdir()
 
 
-def prepare_text(settings, files):
+def prepare_text(settings, files, making):
     """Write the shards of a text dataset, and give back the content of its meta.json, a dict.
 
-    Continues where an interrupted run stopped.
+    They go to the folder `making`. Continues where an interrupted run stopped.
     """
-    making = folder_of(settings.name) / MAKING
     progress = start_progress(settings, files, making)
     tokenizer = bpe.load_tokenizer(progress["tokenizer"])
     dtype = token_dtype(tokenizer.vocab_size)
@@ -535,7 +571,7 @@ def prepare_text(settings, files):
     for split in ("train", "val"):
         about = progress["splits"].get(split)
         writers[split] = ShardWriter(making, split, dtype, settings.shard_tokens, about)
-    write_shards(settings, files, progress, writers, (tokenizer, dtype))
+    write_shards(settings, files, progress, writers, (tokenizer, dtype), making)
     if stats_of(files) != progress["identity"]["files"]:
         raise ValueError(
             f"a file of {' '.join(map(str, files))} changed while it was read: "
@@ -578,7 +614,7 @@ def check_unknown(settings, tokenizer, making, splits, dtype):
         )
 
 
-def write_shards(settings, files, progress, writers, worker):
+def write_shards(settings, files, progress, writers, worker, making):
     """Tokenize the rest of the text. The workers tokenize; this process reads, writes and saves."""
     todo = batches_of(split_pieces(settings, files, progress["left"]))
     todo = itertools.islice(todo, progress["batches"], None)
@@ -601,7 +637,7 @@ def write_shards(settings, files, progress, writers, worker):
                 bar.update(encoded[-1])
             progress["batches"] += 1
             if time.monotonic() - saved_at > SAVE_SECONDS:
-                save_progress(folder_of(settings.name) / MAKING, progress, writers)
+                save_progress(making, progress, writers)
                 saved_at = time.monotonic()
     for writer in writers.values():
         writer.close_shard()
@@ -625,7 +661,7 @@ def start_progress(settings, files, making):
         return progress
     for old in making.iterdir():
         old.unlink()
-    left = train_characters(settings, files)
+    left = None if settings.part else train_characters(settings, files)
     tokenizer = make_tokenizer(settings, files)
     progress = {"identity": identity, "batches": 0, "left": left, "splits": {}}
     return progress | {"tokenizer": tokenizer.to_dict()}
@@ -744,7 +780,11 @@ def main(argv):
         raise ValueError(f"name={given['name']} and {names[0]} are two names: leave one out")
     if names:
         given["name"] = names[0]
-    prepare(Settings(**given))
+    settings = Settings(**given)
+    if settings.join:
+        join_parts(settings)
+    else:
+        prepare(settings)
 
 
 if __name__ == "__main__":

@@ -3300,6 +3300,69 @@ def test_what_would_be_ignored_is_refused(long_base, capsys, monkeypatch):
             configure(serve.Settings, words)
 
 
+def make_inputs(n=9):
+    for i in range(n):
+        lines = [json.dumps({"text": f"{TEXT[j : j + 90]} {i} {j}"}) for j in range(0, 3000, 37)]
+        Path(f"in_{i}.jsonl").write_text("\n".join(lines))
+
+
+def test_parts_made_in_any_order_are_joined_to_the_same_bytes(in_tmp_path, gpt2, capsys):
+    make_inputs()
+    words = ["--input", *(f"in_{i}.jsonl" for i in range(9)), "--tokenizer=gpt2", "--workers=1"]
+    words += ["--shard_tokens=5000"]
+    bytes_of = {}
+    for name, order in (("one", (1, 2, 3, 4)), ("other", (3, 1, 4, 2))):
+        for part in order:
+            status, _, err = run_main(prepare.main, [name, *words, f"--part={part}/4"], capsys)
+            assert status == 0, err
+            if part != order[-1]:
+                status, _, err = run_main(prepare.main, [name, "--join"], capsys)
+                assert status == 2 and "of 4 parts" in err and "--part=" in err
+        status, out, err = run_main(prepare.main, [name, "--join"], capsys)
+        assert status == 0 and "train:" in out, err
+        folder = Path("data", name)
+        assert not list(folder.glob("part_*"))
+        bytes_of[name] = {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+        dataset = shards.open_dataset(name)
+        assert sum(map(len, dataset.splits["train"])) == dataset.meta["splits"]["train"]["tokens"]
+    assert bytes_of["one"] == bytes_of["other"] and len(bytes_of["one"]) >= 8
+    # the documents are those of one dataset made at once, in the same splits
+    run_main(prepare.main, ["whole", *words], capsys)
+    for split in ("train", "val"):
+        texts = []
+        for name in ("one", "whole"):
+            ids = [t for shard in shards.open_dataset(name).splits[split] for t in shard.tolist()]
+            texts.append(sorted(gpt2.decode(ids).split("<|endoftext|>")))
+        whole = collections.Counter("".join(texts[1]))
+        assert collections.Counter("".join(texts[0])) == whole
+
+
+def test_parts_that_do_not_fit_together_are_refused(in_tmp_path, capsys):
+    make_inputs(4)
+    bpe.CharTokenizer.train(TEXT + '{}"0123456789').save("a.json")
+    bpe.CharTokenizer.train(TEXT + '{}"0123456789#').save("b.json")
+    inputs = ["--input", *(f"in_{i}.jsonl" for i in range(4))]
+    for words, says in (
+        (["x", *inputs, "--tokenizer=char", "--part=1/2"], "a tokenizer that is there already"),
+        (["x", *inputs, "--tokenizer=a.json", "--part=0/2"], "must be like 3/16"),
+        (["x", *inputs, "--tokenizer=a.json", "--part=1/5"], "there are 4: split them"),
+        (["pydoc", "--part=1/2"], "needs --input"),
+        (["nosuch", "--join"], "is not there"),
+    ):
+        status, _, err = run_main(prepare.main, words, capsys)
+        assert status == 2 and says in err, err
+    for part, tokenizer in ((1, "a"), (2, "b")):
+        words = ["y", *inputs, f"--tokenizer={tokenizer}.json", f"--part={part}/2"]
+        status, _, err = run_main(prepare.main, words, capsys)
+        assert status == 0, err
+    status, _, err = run_main(prepare.main, ["y", "--join"], capsys)
+    assert status == 2 and "differ in vocab_size" in err
+    words = ["y", *inputs, "--tokenizer=b.json", "--part=1/2", "--overwrite=True"]
+    run_main(prepare.main, words, capsys)
+    status, _, err = run_main(prepare.main, ["y", "--join"], capsys)
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [(gzip.compress(b"abc"), "gzip"), ("abc".encode("utf-16"), "UTF-16"), (b"ab\xff", None)],
