@@ -34,9 +34,6 @@ from itertools import chain, cycle, islice
 from operator import add
 from pathlib import Path
 
-import regex
-from tqdm import tqdm
-
 from glass.files import write_text
 from glass.settings import check_type, errors_in_one_line
 
@@ -125,6 +122,8 @@ def split_pretokens(text, pattern):
     pieces, because most of the pieces are ASCII.
     """
     if pattern not in PATTERNS:
+        import regex
+
         return regex.findall(pattern, text)
     unicode_pattern, ascii_pattern = PATTERNS[pattern]
     if text.isascii():
@@ -135,6 +134,8 @@ def split_pretokens(text, pattern):
         if piece.isascii():
             pretokens += re.findall(ascii_pattern, piece, re.ASCII)
         else:
+            import regex  # not needed for text in ASCII
+
             pretokens += regex.findall(unicode_pattern, piece)
     return pretokens
 
@@ -733,6 +734,8 @@ def learn_tokens(pretokens, size, progress=False, on_merge=None):
     counts, where = count_pairs(words, frequency)
     most_frequent = [(-count, pair) for pair, count in counts.items()]
     heapify(most_frequent)
+
+    from tqdm import tqdm
 
     progress_bar = tqdm(total=size - 256, desc="merges", disable=not progress)
     collecting = gc.isenabled()

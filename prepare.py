@@ -32,7 +32,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import bpe
 from glass import parts
@@ -629,6 +628,8 @@ def write_shards(settings, files, progress, writers, worker, making):
     plain = [path for path in files if not path.name.endswith((".gz", ".parquet"))]
     total = sum(path.stat().st_size for path in plain) or None
     saved_at = time.monotonic()
+    from tqdm import tqdm
+
     options = dict(unit="B", unit_scale=True, disable=None, desc=settings.name)
     with tqdm(total=total, initial=done, **options) as bar:
         for result in results:

@@ -37,6 +37,8 @@ from typing import Literal
 import filelock
 import numpy as np
 import pytest
+import regex
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -648,7 +650,7 @@ def test_cutting_text_changes_no_pretoken(text, size):
         in_pieces = [
             t for piece in bpe.pieces_of(text, size) for t in bpe.split_pretokens(piece, pattern)
         ]
-        assert in_pieces == bpe.regex.findall(bpe.PATTERNS[pattern][0], text)
+        assert in_pieces == regex.findall(bpe.PATTERNS[pattern][0], text)
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
@@ -2520,10 +2522,10 @@ def test_an_adapter_is_merged_into_its_own_base_alone_and_once(long_base, capsys
 def test_an_adapter_that_holds_no_numbers_is_refused(long_base, capsys):
     tune("instruct", capsys, "--trainable=lora")
     path = Path("out/tuned/adapter.safetensors")
-    with weights.safe_open(path, "pt") as file:
+    with safetensors.safe_open(path, "pt") as file:
         metadata, names = file.metadata(), list(file.keys())
         tensors = {name: file.get_tensor(name) * math.nan for name in names}
-    weights.save_file(tensors, path, metadata)
+    safetensors.torch.save_file(tensors, path, metadata)
     words = ["--out_dir=out/small", f"--adapter={path}"]
     status, out, err = run_main(sample.main, words, capsys)
     assert status == 2 and out == "" and "adapter.safetensors holds NaN" in err
@@ -2539,7 +2541,7 @@ def test_an_adapter_that_is_not_as_it_should_be_is_one_line(long_base, capsys, d
     elif damage != "no file":
         config = damage
     if damage != "no file":
-        weights.save_file(tensors, "odd.safetensors", {"lora": config})
+        safetensors.torch.save_file(tensors, "odd.safetensors", {"lora": config})
     words = ["--out_dir=out/small", "--adapter=odd.safetensors"]
     status, _, err = run_main(sample.main, words, capsys)
     assert status == 2 and "error: " in err.splitlines()[-1]
@@ -2552,9 +2554,9 @@ def test_a_full_disk_at_the_end_of_a_lora_run_prevents_no_test(long_base, capsys
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise weights.SafetensorError("No space left on device")
+        raise safetensors.SafetensorError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     words = ["--init_from=resume", "--out_dir=out/tuned"]
     status, out, err = run_main(finetune.main, words, capsys)
     assert status == 0 and "adapter.safetensors is not written (SafetensorError" in out, err
@@ -7288,7 +7290,7 @@ def test_exports_name_what_they_cannot_express_and_never_overwrite_other_work(
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full_disk)
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(OSError):
         model.save_pretrained(tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "theirs"]

@@ -12,7 +12,6 @@ import types
 from dataclasses import asdict
 
 import torch
-from tqdm import tqdm
 
 from glass.checkpoint import first_line
 from glass.device import peak_flops
@@ -43,9 +42,12 @@ class Progress:
             with warned_about(run.folder / "samples.jsonl"):
                 self.keep_samples(run.folder / "samples.jsonl")
             self.wandb = start_wandb(s) if s.wandb_log else None
-            hidden = not sys.stderr.isatty()
-            bar = dict(total=s.max_iters, initial=run.step, unit="step", dynamic_ncols=True)
-            self.bar = tqdm(disable=hidden, **bar)
+            self.bar = None  # where nobody sees one, lines are printed instead
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                bar = dict(total=s.max_iters, initial=run.step, unit="step", dynamic_ncols=True)
+                self.bar = tqdm(**bar)
 
     def keep_metrics(self, path):
         """Take over the metrics of a resumed run, and remove those from after its checkpoint."""
@@ -111,7 +113,8 @@ class Progress:
         """Write a line of the log. mean_loss is the mean over the steps since the last line."""
         s, now = self.run.settings, self.seconds() - self.paused_s
         seconds_per_step = (now - self.logged_at) / (step - self.logged_step)
-        self.bar.update(step - self.logged_step)
+        if self.bar is not None:
+            self.bar.update(step - self.logged_step)
         self.logged_at, self.logged_step = now, step
         self.train_losses.append(mean_loss)
         rate = self.tokens_per_step / seconds_per_step
@@ -129,7 +132,7 @@ class Progress:
         self.write(
             step=step, tokens=tokens, loss=mean_loss, **figures, lr=lr, grad_norm=grad_norm, **speed
         )
-        if self.bar.disable:
+        if self.bar is None:
             left = datetime.timedelta(seconds=round((s.max_iters - step) * seconds_per_step))
             shown = described({"loss": mean_loss, **figures})
             timing = f"{1e3 * seconds_per_step:.1f} ms, {rate:,.0f} tokens/s, {left} left"
@@ -180,7 +183,8 @@ class Progress:
         """
         if not self.is_main:
             return
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         run, script = self.run, self.run.task.script
         if stop:
             name = signal.Signals(stop).name
@@ -234,7 +238,10 @@ def say(text):
     If nobody reads any more (a closed pipe, a terminal that is gone), further text is dropped.
     """
     try:
-        tqdm.write(str(text), file=sys.stdout)
+        if bars := sys.modules.get("tqdm"):
+            bars.tqdm.write(str(text), file=sys.stdout)
+        else:
+            print(text)
         sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open to the end)

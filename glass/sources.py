@@ -19,8 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from glass.files import sha256_of
 
 BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
@@ -630,6 +628,8 @@ def copy_from(url, partial):
         continues = response.status == 206
         have = have if continues else 0
         expected = have + int(response.headers.get("Content-Length") or 0)
+        from tqdm import tqdm
+
         bar = tqdm(total=expected, initial=have, unit="B", unit_scale=True, desc=partial.stem)
         with bar, open(partial, "ab" if continues else "wb") as file:
             while block := response.read(1 << 20):

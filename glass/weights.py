@@ -23,8 +23,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import bpe
 from glass import checkpoint
@@ -339,14 +337,16 @@ def tensor_files(folder):
         )
     else:
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: download the weights into it")
+    import safetensors
+
     files = {}
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is missing but {INDEX} names it: download this shard again")
         try:
-            with safe_open(path, framework="pt") as file:
+            with safetensors.safe_open(path, framework="pt") as file:
                 files.update(dict.fromkeys(file.keys(), path))
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(
                 f"{path} is not a whole safetensors file ({error}): download it again"
             ) from error
@@ -506,7 +506,9 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
 
 def read_tensor(path, name):
     """A tensor as it is stored. It is mapped from its file until it is dropped."""
-    with safe_open(path, framework="pt") as file:
+    import safetensors
+
+    with safetensors.safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
@@ -612,10 +614,12 @@ def save_pretrained(model, folder, tokenizer=None):
     if tokenizer is not None:
         documents |= tokenizer_files(tokenizer, model.config)
 
+    import safetensors.torch
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
         for name, document in documents.items():
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
@@ -623,7 +627,7 @@ def save_pretrained(model, folder, tokenizer=None):
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
             f"{folder} cannot be written ({checkpoint.first_line(error)}): "
             "make room, or name another folder"
@@ -644,13 +648,17 @@ def published_stop_ids(tokenizer):
 
 def save_adapter(model, path):
     """Write only the LoRA matrices, and what merging needs to know, as safetensors of a few MB."""
+    import safetensors.torch
+
     lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
     tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
     names = ("lora_rank", "lora_alpha", "lora_targets")
     config = {name: getattr(model.config, name) for name in names}
     config["base_sha256"] = blocks_sha256(model)
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", "lora": json.dumps(config)})
+        safetensors.torch.save_file(
+            tensors, partial, metadata={"format": "pt", "lora": json.dumps(config)}
+        )
 
 
 def blocks_sha256(model):
@@ -677,7 +685,9 @@ def load_adapter(model, path):
 
 def merge_adapter(model, path):
     """What `load_adapter` does; a file that is not as it should be raises errors of any kind."""
-    with safe_open(path, framework="pt") as file:
+    import safetensors
+
+    with safetensors.safe_open(path, framework="pt") as file:
         lora = json.loads((file.metadata() or {}).get("lora", "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if not lora or not tensors:
