@@ -1825,6 +1825,91 @@ def test_recomputed_blocks_give_the_same_gradients(dropout):
     assert_same(*results)
 
 
+PLANNED = {
+    "gpt2": dict(mlp="gelu"),
+    "llama": dict(norm="rmsnorm", mlp="swiglu", pos="rope", n_kv_head=2),
+    "recompute": dict(mlp="gelu", recompute=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", PLANNED)
+def test_a_plan_counts_the_memory_that_training_keeps(parts, dtype):
+    from bench import plan
+
+    shape = dict(vocab_size=512, block_size=64, n_layer=3, n_head=4, n_embd=64, tie_weights=False)
+    config = GPTConfig(**shape, attention="sdpa", **PLANNED[parts])
+    model, B, T = GPT(config).train(), 4, 64
+    weights_of_model = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, references = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        is_copy = tensor.dim() == 2 and tensor.shape[0] != B * T and dtype == torch.bfloat16
+        if storage.data_ptr() not in weights_of_model and not is_copy:  # autocast copies weights
+            kept[storage.data_ptr()] = storage.nbytes()
+        references.append(tensor)
+        return tensor
+
+    rows = torch.randint(512, (B, T + 1))
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, autocast(torch.device("cpu"), dtype):
+        model(rows[:, :-1], rows[:, 1:])
+    memory = plan.activation_memory(config, B, T, dtype.itemsize, config.recompute)
+    planned = sum(memory.values())
+    if config.recompute:  # the backward pass holds one block at a time
+        whole = dataclasses.replace(config, recompute=False)
+        planned -= plan.activation_memory(whole, B, T, dtype.itemsize, False)["blocks"] / 3
+    planned += plan.logits_memory(config, B, T)["logits"] / 3  # the other two thirds pass by
+    assert sum(kept.values()) == pytest.approx(planned, rel=0.03)
+
+
+def test_a_plan_counts_parameters_and_bytes_as_they_are():
+    from bench import plan
+
+    for name in ("gpt2", "llama3.2-1b", "llama3-8b"):
+        config = PRESETS[name]
+        with torch.device("meta"):
+            model = GPT(config)
+        outside, block = plan.group_sizes(config)
+        assert block == sum(p.numel() for p in model.blocks[0].parameters())
+        assert outside + config.n_layer * block == model.parameter_count()
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        assert plan.matrix_parameters(config) == sum(p.numel() for p in matrices)
+        found = plan.flops_per_token(config, 1024)
+        assert found == pytest.approx(model.flops_per_token(1024), rel=1e-12)
+    settings = plan.Settings(model="llama3-8b", memory_gb=80.0)
+    found, refused = plan.plans(settings, 64)
+    assert "ddp" in refused and found[0].way == "fsdp" and found[0].total < 80e9
+    small = plan.Settings(model="gpt2", block_size=1024, batch_tokens=5e5)
+    assert {each.way for each in plan.plans(small, 8)[0]} == {"ddp", "fsdp"}
+
+
+def test_the_plan_and_the_benchmark_of_a_gpu_run_without_one(tmp_path, capsys):
+    from bench import gpu, plan
+
+    status, out, err = run_main(plan.main, ["--devices=64"], capsys)
+    assert status == 0 and "ddp does not fit" in out and "| 16,384 | fsdp" in out, err
+    status, _, err = run_main(plan.main, ["--model=nosuch"], capsys)
+    assert status == 2 and "model=nosuch must be one of" in err
+    words = ["--device=cpu", "--tiny=True", f"--out={tmp_path / 'gpu'}"]
+    words += ["--parts", "parity", "limits", "options", "texts", "rates"]
+    status, out, err = run_main(gpu.main, words, capsys)
+    assert status == 0, err
+    table = (tmp_path / "gpu.md").read_text()
+    for what in ("fsdp, one process", "16 of 16 tokens", "llama3.2-1b, int8, eager, batch 64"):
+        assert what in table
+    status, _, err = run_main(gpu.main, [*words[:3], "--parts", "nosuch"], capsys)
+    assert status == 2 and "parts=nosuch must be among" in err
+
+
+def test_training_needs_no_package_but_torch_and_numpy(tmp_path):
+    absent = "tqdm regex tiktoken safetensors matplotlib pyarrow tokenizers".split()
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.gpu, finetune, sample"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 RATES = (
     "--learning_rate=1e-30 --muon_lr=1e-30 --min_lr=0 --weight_decay=0.0 --muon_weight_decay=0.0 "
     "--beta1=0.5 --momentum=0.4"

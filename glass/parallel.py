@@ -10,6 +10,7 @@ in a few functions: `whole` gathers a tensor, `shard_like` takes this process's 
 import itertools
 import math
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,8 @@ def shard(model, way, processes, dtype):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the residual stream stays as autocast has it
     )
+    # logits are a view of a larger tensor, and nothing here changes them in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)  # the rest: embedding, last norm, head
