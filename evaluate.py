@@ -358,9 +358,9 @@ def measure_classes(loaded, settings):
     from glass import sources
     from glass.chat import encode_for_class
     from glass.generate import padded
+    from glass.loading import check_classifies
 
-    if not loaded.model.config.n_classes or not loaded.state:
-        raise ValueError("classes needs a classifier: train one with finetune.py --task=classify")
+    check_classifies(loaded, loaded.name)
     task, rows = read_rows(settings.classes, settings.limit)
     labels = loaded.state["task"]["labels"]
     longest = min(loaded.state["settings"]["block_size"], loaded.model.config.block_size)
@@ -393,7 +393,8 @@ def measure(loaded, settings):
     check_used(s)
     trained_on = loaded.state["settings"].get("dataset") if loaded.state else None
     if s.text:
-        figures += measure_text("text", loaded, texts_of_files(s), s)
+        name = " ".join(["text", *(Path(path).name for path in s.text)])
+        figures += measure_text(name, loaded, texts_of_files(s), s)
     if s.dataset:
         figures += measure_text(f"{s.dataset} validation", loaded, validation_text(s.dataset), s)
     paths = [path for name in s.items or [] for path in items.files_of(name)]
@@ -546,10 +547,14 @@ def load(settings, init_from=None):
 
 
 def main(argv):
-    arguments = read_arguments(Settings, argv, positional="[RUN ...]")
+    arguments = read_arguments(Settings, argv, positional="[RUN ... of a --report]")
     if path := arguments.given.get("report"):
         from glass.report import write_report
 
+        if others := " ".join(sorted(arguments.given.keys() - {"report"})):
+            raise ValueError(
+                f"{others} would do nothing with --report: leave it out, or measure first"
+            )
         write_report(Path(path), arguments.names)
         return 0
     s = Settings(**arguments.given)

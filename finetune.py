@@ -56,6 +56,7 @@ from model import GPT, Free, GPTConfig, Tunable, require
 LORA = {"lora_rank", "lora_alpha", "lora_targets"}
 SETTINGS_OF_TASK = {  # settings that only one task uses
     "classify": {"balance", "prefix_weight", "lm_weight"},
+    "instruct": {"exact_match"},
     "prefer": {"dpo_beta"},
     "reinforce": {"reward", "group_size", "updates_per_sample", "clip", "kl_coef"},
 }
@@ -126,6 +127,8 @@ class Settings(train.Settings):
         counts = "test_items answer_tokens eval_answers group_size updates_per_sample"
         require(self, counts, lambda value: value >= 1, "be at least 1")
         require(self, "group_size", lambda value: value <= 4096, "be at most 4,096")
+        if self.task == "reinforce" and self.group_size == 1:
+            raise ValueError("group_size=1 has nothing to compare an answer with: give at least 2")
         require(self, "answer_tokens", lambda value: value <= 10**5, "be at most 100,000")
         not_negative = "prefix_weight lm_weight dpo_beta clip kl_coef val_share test_share"
         require(self, not_negative, lambda value: value >= 0, "not be negative")
@@ -817,6 +820,10 @@ def check_given(given):
     idle = {"eval_iters", "loss_chunk"} & given.keys()
     if given.get("compile") is True:
         idle.add("compile")
+    if given.get("task") == "classify":
+        idle |= {"template", "answer_tokens", "eval_answers"} & given.keys()
+    if given.get("trainable") != "lora" and given["init_from"] != "resume":
+        idle |= {"lora_alpha", "lora_targets"} & given.keys()
     if idle:
         raise ValueError(
             f"{' '.join(sorted(idle))} would do nothing in fine-tuning: leave them out"
@@ -824,7 +831,11 @@ def check_given(given):
     task = given.get("task", Settings.task)
     for other, names in SETTINGS_OF_TASK.items():
         named = " ".join(sorted(names & given.keys()))
-        if named and task != other and given["init_from"] != "resume":
+        if given["init_from"] == "resume":
+            continue
+        if task == "reinforce" and other == "instruct":  # it compares answers too
+            continue
+        if named and task != other:
             raise ValueError(
                 f"{named} would do nothing with task={task}, only with task={other}: leave it out"
             )
@@ -910,7 +921,7 @@ def main(argv):
     stop = train.train(run, progress)
     progress.close(stop)
     run.check_saved()
-    if not stop:
+    if not stop and run.step:
         finish(run, context, adapter=s.trainable == "lora")
     if lock:
         lock.release()

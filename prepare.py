@@ -35,7 +35,7 @@ import numpy as np
 
 import bpe
 from glass import parts
-from glass.files import lock, reading, write_json
+from glass.files import lock, read_object, reading, write_json
 from glass.settings import check_type, errors_in_one_line, read_arguments
 from glass.shards import MAKING, META, ShardWriter, folder_of, token_dtype
 from glass.sources import SOURCES, fetch, find_file, parse_json
@@ -44,7 +44,8 @@ PIECE = 100_000  # characters that one call of a tokenizer gets
 BATCH = 500_000  # characters that one call of a worker gets
 BLOCK = 1 << 18  # bytes read from a file at a time
 LONGEST_LINE = 1 << 28  # bytes of a JSON line, which is read whole
-OTHER_FORMATS = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # they begin so
+OTHER_FORMATS = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+OTHER_FORMATS |= {b"PK": "a zip archive, as .docx and .xlsx are", b"%P": "a PDF"}  # they begin so
 SAVE_SECONDS = 2.0  # between two writes of the progress
 PROGRESS = "progress.json"  # how far an interrupted run got
 TRAINED_ON = 100_000_000  # a tokenizer is trained on this many characters of a long text
@@ -94,6 +95,11 @@ class Settings:
             raise ValueError(
                 f"objects={self.objects} is for python prepare.py docs, and at least 1: "
                 "leave it out"
+            )
+        if self.input and source and source.kind == "choices":
+            raise ValueError(
+                f"{self.name} is downloaded for evaluate.py, which reads files of your own too: "
+                f"python evaluate.py --items {self.input[0]}"
             )
         if source and (source.records or source.kind == "choices"):
             for name in ("tokenizer", "val_fraction"):
@@ -475,9 +481,20 @@ def join_parts(settings):
 
 
 def is_prepared(folder, settings):
-    """Whether the dataset is there, and is to stay; says so."""
+    """Whether the dataset is there, and is to stay; says so.
+
+    Raises ValueError if it was made of another text, or otherwise, than the settings say.
+    """
     if not (folder / META).is_file() or settings.overwrite:
         return False
+    made = read_object(folder / META).get("source")
+    if isinstance(made, dict) and not settings.join:
+        for name in ("input", "tokenizer", "text_key", "val_fraction"):
+            if made.get(name, getattr(settings, name)) != getattr(settings, name):
+                raise ValueError(
+                    f"{folder} is there already, made with {name}={made[name]!r:.100}, not "
+                    f"{getattr(settings, name)!r:.100}: choose another name, or add --overwrite=True"
+                )
     print(f"{folder} is prepared already: --overwrite=True makes it again")
     return True
 
@@ -775,7 +792,10 @@ def main(argv):
     arguments = read_arguments(Settings, argv, positional="NAME")
     names = arguments.names
     if len(names) > 1:
-        raise ValueError(f"names={names} are {len(names)} datasets: prepare one at a time")
+        raise ValueError(
+            f"{' '.join(names)} are {len(names)} datasets: prepare one at a time, and name files of "
+            "text behind --input"
+        )
     given = dict(arguments.given)
     if names and given.get("name", names[0]) != names[0]:
         raise ValueError(f"name={given['name']} and {names[0]} are two names: leave one out")

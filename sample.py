@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import bpe
-from glass.chat import TEMPLATE_STOPS, Template, fit_chat
+from glass.chat import TEMPLATE_STOPS, Template, encode_chat, fit_chat
 from glass.files import write_json
 from glass.generate import TextStream, speed_up, stream
 from glass.loading import (
@@ -25,7 +25,7 @@ from glass.loading import (
     encode_prompt,
     load_model,
 )
-from glass.settings import check_type, configure, errors_in_one_line, parse
+from glass.settings import check_type, errors_in_one_line, parse, read_arguments
 from model import require
 
 ROWS = 64  # texts that grow together, at most
@@ -41,7 +41,7 @@ class Settings(Drawing, ModelSettings):
     temperature: float | None = None  # None: 0.8; 0 in a chat that was tuned on exact answers
     # text
     export: str | None = None  # write model and tokenizer to this folder for transformers, and stop
-    classify: str | None = None  # a text whose class to name (finetune.py --task=classify)
+    classify: str | None = None  # a text, or FILE:name, whose class to name
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
     max_new_tokens: int = 500  # tokens of a text, at most
     num_samples: int = 1  # texts
@@ -154,7 +154,10 @@ def write_batch(settings, loaded, ids, n_rows, options, is_first):
 def print_classes(settings, loaded):
     """Print the classes of a text, the likeliest first, each with its probability."""
     check_classifies(loaded, loaded.name)
-    labels, probs = classify(loaded, settings.classify)
+    text = settings.classify
+    if text.startswith("FILE:"):
+        text = bpe.read_text(text.removeprefix("FILE:"))
+    labels, probs = classify(loaded, text)
     by_probability = sorted(zip(probs, labels, strict=True), reverse=True)
     for p, label in by_probability:
         print(f"{label:20} {p:.1%}")
@@ -255,8 +258,12 @@ class Chat:
 
     def prompt(self):
         """The ids of the conversation so far."""
-        if self.template is not None:
-            return fit_chat(self.loaded.tokenizer, self.messages, self.template, self.room)
+        tokenizer, template = self.loaded.tokenizer, self.template
+        if template is not None:
+            last = self.messages[-1:]
+            if len(encode_chat(tokenizer, last, template, reply=True)[0]) > self.room:
+                print(f"(longer than {self.room} tokens: only its end is read)")
+            return fit_chat(tokenizer, self.messages, template, self.room)
         text = "".join(message["content"] for message in self.messages)
         return self.loaded.tokenizer.encode(text)[-self.room :]
 
@@ -304,8 +311,35 @@ class Chat:
             print(f"(mean log-probability {mean:.3f})")
 
 
+# what only one way of working reads: the setting that chooses it, and the others
+READ_BY = {
+    "chat": {"template", "system"},
+    "text": {"start", "num_samples", "show_probs", "max_new_tokens", "stop"},
+}
+
+
+def check_given(given):
+    """ValueError for settings that what is asked for would not read."""
+    ways = ("export", "classify", "show_lens", "show_attention", "chat")
+    way = next((name for name in ways if given.get(name) not in (None, False)), "text")
+    read = READ_BY.get(way, set())
+    if way == "chat":
+        read = read | {"max_new_tokens", "stop"}
+    elif way in ("show_lens", "show_attention"):
+        read = {"start"}
+    idle = given.keys() & set.union(*READ_BY.values(), {"chat"} if way != "chat" else set()) - read
+    if idle and way == "text":
+        raise ValueError(f"{' '.join(sorted(idle))} would do nothing without --chat: add it")
+    if idle:
+        raise ValueError(
+            f"{' '.join(sorted(idle))} would do nothing with --{way}: leave one of them out"
+        )
+
+
 def main(argv):
-    settings = configure(Settings, argv)
+    given = read_arguments(Settings, argv).given
+    check_given(given)
+    settings = Settings(**given)
     exact = settings.export and settings.dtype == "auto"  # an export loses nothing
     loaded = load_model(settings, torch.float32 if exact else None)
     if settings.export == "":

@@ -101,7 +101,7 @@ def make_loader(settings, first):
         is_first = first and (source.folder, source.which) == (first.folder, first.which)
         place = dict(init_from="resume", out_dir=source.folder, which=source.which)
         if not source.is_run:
-            place = dict(init_from=source.folder)
+            place = dict(init_from=source.folder, out_dir=None)
         adapter = settings.adapter if is_first else None
         loaded = load_model(replace(settings, **place, adapter=adapter))
         compile = settings.compile and source == first
@@ -170,6 +170,11 @@ class Server:
     @contextlib.contextmanager
     def growing(self, served, rows):
         """Let rows grow -> Heard. What has not ended with the context leaves before a step."""
+        if len(rows) > self.settings.max_queue:
+            raise ApiError(
+                400,
+                f"{len(rows)} texts are more than max_queue={self.settings.max_queue}: ask for fewer",
+            )
         if self.n_rows + len(rows) > self.settings.max_queue:
             raise ApiError(
                 429,

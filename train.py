@@ -110,6 +110,13 @@ class Settings(GPTConfig):
         require(self, "beta1 beta2 momentum", lambda value: 0 <= value < 1, "lie in [0, 1)")
         require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
         require(self, "max_iters", lambda value: value <= 10**9, "be at most 1,000,000,000")
+        if not self.out_dir:
+            raise ValueError("out_dir='' names no folder: give one, or leave it out")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}, so the rate would "
+                f"rise where it should decay: add --min_lr={self.learning_rate / 10}"
+            )
         require(self, "sample_tokens", lambda value: value <= 10**7, "be at most 10,000,000")
         require(self, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
 
@@ -333,10 +340,9 @@ def open_or_prepare(name):
         source, is_large = prepare.SOURCES.get(name), prepare.download_bytes(name) > 100e6
         if count_processes() > 1 or is_large or source is None:
             raise
-        if source.kind == "choices":
-            raise ValueError(
-                f"dataset={name} is for evaluate.py --items {name}: train on a text"
-            ) from None
+        if source.kind != "text":
+            script = "evaluate.py --items" if source.kind == "choices" else "finetune.py --dataset"
+            raise ValueError(f"dataset={name} is for {script} {name}: train on a text") from None
     say(f"dataset {name} is not there yet: preparing it")
     prepare.prepare(prepare.Settings(name=name))
     return open_dataset(name)
@@ -494,6 +500,8 @@ def read_settings(argv):
     """
     arguments = read_arguments(Settings, argv)
     given, paths = arguments.given, arguments.config_files
+    if named := " ".join(sorted({"n_classes", "lora_rank"} & given.keys())):
+        raise ValueError(f"{named} would train nothing here: they are finetune.py's")
     if not paths and given.get("init_from") != "resume":
         say("no config file is named, so config/pydoc_char.py comes first")
         paths = [DEFAULT_CONFIG]

@@ -32,6 +32,8 @@ class Settings:
 
 def main(argv):
     s = configure(Settings, argv)
+    if not s.configs:
+        raise ValueError("configs names no run: add --configs config/shakespeare_char.py ...")
     axes = Figure().subplots()
     for name, (script, arguments) in runs_of(s).items():
         lines, _ = run_script(script, arguments)

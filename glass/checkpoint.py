@@ -146,6 +146,8 @@ def load(folder, which="last"):
     there is none, and ValueError if none is whole or a newer program wrote it.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"out_dir={folder} is a file: name its folder, {folder.parent}")
     paths = checkpoint_files(folder)
     if which == "best":
         paths = paths[-1:] + paths[:-1] if folder / BEST in paths else paths

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from glass.chat import messages_of
-from glass.phrasings import phrasings
+from glass.phrasings import phrasings, training_phrasing
 from glass.sources import ascii_text, python_sources
 
 LEFT_OUT = {"idlelib", "turtledemo", "distutils", "pydoc_data", "ensurepip", "encodings"}
@@ -265,7 +265,7 @@ def single_questions(objects, rng):
         if fits(fact.arguments):
             yield from conversations(fact, rng)
     for name, kind, split in made_up_names(facts, {fact.name for fact in every}, rng):
-        phrasing = rng.choice(phrasings(rng.choice(UNKNOWN_ASKED), split))
+        phrasing = one_phrasing(rng.choice(UNKNOWN_ASKED), split, rng)
         if split == "train":
             phrasing = typed(phrasing, rng)
         yield row(kind, phrasing.format(name), f"I do not know {name}.", split)
@@ -311,12 +311,20 @@ def typed(phrasing, rng):
     return phrasing
 
 
+def one_phrasing(kind, split, rng):
+    """A phrasing of a kind of question for a split, drawn with rng."""
+    if split == "train":
+        return training_phrasing(kind, rng)
+    return rng.choice(phrasings(kind, split))
+
+
 def phrased(kind, asked, answer, rng):
     """Yield the rows of a question: in some phrasings for training, in each for the test."""
     for split in ("train", "val", "test"):
         chosen = phrasings(kind, split)
         if split == "train":
-            chosen = [typed(phrasing, rng) for phrasing in rng.sample(chosen, ASKED[kind])]
+            drawn = [training_phrasing(kind, rng) for _ in range(ASKED[kind])]
+            chosen = [typed(phrasing, rng) for phrasing in drawn]
         elif split == "val" and rng.random() > VAL_SHARE:
             continue
         for phrasing in chosen:
@@ -327,9 +335,9 @@ def conversations(fact, rng):
     """Yield conversations of two turns, the second about the arguments of what the first named."""
     for split in ("train", "train", "test"):
         said = (
-            ("user", rng.choice(phrasings("does", split)).format(fact.name)),
+            ("user", one_phrasing("does", split, rng).format(fact.name)),
             ("assistant", fact.sentence),
-            ("user", rng.choice(phrasings("conversation", split))),
+            ("user", one_phrasing("conversation", split, rng)),
             ("assistant", fact.arguments),
         )
         messages = [{"role": role, "content": content} for role, content in said]

@@ -5,6 +5,7 @@ A name in a request is looked up in a list of what is there. It is never a path.
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,6 +232,14 @@ def changed_at(folder):
     return path.stat().st_mtime if path.exists() else 0.0
 
 
+def finite(row):
+    """A row of metrics for JSON, which has neither NaN nor infinity: None instead."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
 def describe_run(name, folder):
     """A run's checkpoints, settings and metrics, as JSON."""
     metrics, settings = folder / "metrics.jsonl", read_object(folder / "config.json")
@@ -242,5 +251,5 @@ def describe_run(name, folder):
         "has_best": (folder / "best.pt").exists(),
         "is_training": is_locked(folder),
         "settings": settings,
-        "metrics": rows[::-1][::every][::-1],
+        "metrics": [finite(row) for row in rows[::-1][::every][::-1]],
     }

@@ -108,6 +108,10 @@ def load_model(settings, dtype=None):
     if s.dtype == "auto" and s.quantize and not s.compile:
         dtype = torch.float32  # with eager int8 it was 13% faster on a CPU
     source = s.init_from
+    if s.out_dir and s.init_from != "resume":
+        raise ValueError(
+            f"out_dir={s.out_dir} and init_from={s.init_from} name two models: leave one out"
+        )
     if s.init_from == "resume":
         source = s.out_dir or checkpoint.newest_run()
         model, tokenizer, state = weights.load_run(source, s.which)
@@ -124,6 +128,13 @@ def load_model(settings, dtype=None):
                 "diverged: train again with a lower learning_rate, or take an earlier checkpoint"
             )
     model = model.to(device, dtype).eval()
+    with torch.no_grad():
+        gives_numbers = model(torch.zeros(1, 1, dtype=torch.int64, device=device))[0].isfinite()
+    if not bool(gives_numbers.all()):
+        raise ValueError(
+            f"the logits of {source} are not finite, so the run has diverged: train again with a "
+            "lower learning_rate, or take an earlier checkpoint"
+        )
     return Loaded(model, tokenizer, stop_ids(tokenizer), state, name=str(source))
 
 
@@ -148,7 +159,7 @@ def encode_prompt(tokenizer, text):
 
 def check_classifies(loaded, name):
     """ValueError where the model `name` has no classes."""
-    if not loaded.model.config.n_classes or not loaded.state:
+    if not (loaded.state and loaded.state["task"].get("labels")):
         raise ValueError(
             f"{name} has no classification head: train one with finetune.py --task=classify"
         )

@@ -154,7 +154,7 @@ class Fields:
                     )
                 continue
             near = difflib.get_close_matches(name[:60], KNOWN, n=1)
-            advice = f"did you mean {near[0]}?" if near else "leave it out"
+            advice = f"did you mean {near[0]}?" if near and near[0] != name else "leave it out"
             raise ApiError(
                 400, f"{name[:60]!r} is no field of this request: {advice}", "unknown_parameter"
             )

@@ -1,7 +1,7 @@
 """How one asks about a function: the phrasings of the dataset docs.
 
 {} is a name, or what a thing does. The last N_TEST of each kind are for the test alone, the one
-before them is for validation.
+before them is for validation. Those of the test were written by somebody who had not seen the others.
 """
 
 N_TEST = 3
@@ -88,10 +88,13 @@ QUESTIONS = {
         A word on {}, please.
         Tell me a bit more on {}.
         Could you say what {} does?
-        Do you know what {} does?
         Could you explain in a sentence what {} is for?
         I keep seeing {} in other people's code; tell me its purpose.
         Give me a short description of what happens when I call {}.
+        Do you know what {} does?
+        I keep running into {} in other people's code; what is it actually for?
+        Could you explain in a sentence what purpose {} serves?
+        Not sure I get the point of {}, so what happens when I call it?
         """),
     "arguments": lines_of("""
         Which arguments does {} take?
@@ -167,10 +170,13 @@ QUESTIONS = {
         What order do the arguments of {} have?
         Tell me how to call {}.
         Do I have to give {} anything?
-        In which way is {} called?
         Show me the signature of {}, please.
         What parameters can be passed to {}?
         I'm about to call {} and need to know what goes between the parentheses.
+        In which way is {} called?
+        When I call {}, what am I supposed to pass in?
+        Would you mind listing the parameters that {} accepts?
+        My call keeps raising a TypeError, so remind me how the signature of {} goes.
         """),
     "module": lines_of("""
         In which module is {}?
@@ -245,10 +251,13 @@ QUESTIONS = {
         I am searching for {}. Where is it?
         Which file would I open to find {}?
         Where is the code of {}?
-        What does {} belong to?
         Where do I have to import {} from?
         Tell me the name of the standard library module that defines {}.
         I want to use {}, but what module does it belong to?
+        What does {} belong to?
+        I forgot which module {} lives in, can you help me out?
+        Please tell me the name of the standard library module that provides {}.
+        I want to use {} in my script, so what's the name of the standard library module that contains it?
         """),
     "which": lines_of("""
         Which name does this: {}
@@ -323,10 +332,13 @@ QUESTIONS = {
         Suppose that I need this: {}
         Please find the function for this: {}
         What did Python call this: {}
-        What is there for this: {}
         I've forgotten the name of the function whose documentation mentions the following: {}
         Can you name the standard library function or class I need for this? {}
         Tell me what the function or class is called that handles the following: {}
+        What is there for this: {}
+        There must be something built for this already, but what's it called? {}
+        I'm trying to remember the name of the function or class that deals with this: {}
+        Which standard library function or class should I reach for if this is what I need to handle? {}
         """),
     "exists": lines_of("""
         Does {} exist?
@@ -406,11 +418,225 @@ QUESTIONS = {
         Check whether there is {}.
         Do you know whether {} exists?
         Would you know {}?
-        What about {}, is it there?
         Is there really something called {} in Python's standard library?
         Can you confirm that {} is part of the standard library and not something I made up?
         I'm not sure whether the standard library has {}; does it?
+        What about {}, is it there?
+        Did I dream it up, or is {} really part of the standard library?
+        A colleague mentioned {} to me, but does Python actually ship with it?
+        I'd like to know whether there is such a thing as {} in the standard library.
         """),
+}
+# Most people do not ask directly. They ask for what they want to know, or say where they met a name
+# and ask about it. For training, such questions are put together from these.
+WANTS = lines_of("""
+    Tell me ...
+    Please tell me ...
+    Can you tell me ...?
+    Could you tell me ...?
+    I want to know ...
+    I need to know ...
+    I would like to know ...
+    I'd like to know ...
+    I wonder ...
+    I am not sure ...
+    I cannot remember ...
+    I forgot ...
+    Remind me ...
+    Let me know ...
+    Do you know ...?
+    Explain ...
+    Say ...
+    Would you say ...?
+    Find out ...
+    Help me find out ...
+    What I want to know is ...
+""")
+WANTED = {
+    "does": lines_of("""
+        what {} does
+        what {} is
+        what {} is for
+        what {} is used for
+        what {} is there for
+        what the purpose of {} is
+        in one sentence what {} does
+        what happens when I call {}
+        what happens if {} is called
+        what one does with {}
+        why people use {}
+        what I get from {}
+        what calling {} gives me
+        the purpose of {}
+        the meaning of {}
+        what the documentation of {} says
+    """),
+    "arguments": lines_of("""
+        which arguments {} takes
+        what arguments {} takes
+        what the arguments of {} are
+        what to pass to {}
+        what I can pass to {}
+        which parameters {} has
+        the parameters of {}
+        the arguments of {}
+        the signature of {}
+        what the signature of {} is
+        how to call {}
+        how {} is called
+        what goes between the parentheses of {}
+        what I have to give to {}
+        what {} expects
+        what {} accepts
+    """),
+    "module": lines_of("""
+        which module {} is in
+        which module has {}
+        in which module {} is
+        which module of the standard library defines {}
+        the module of {}
+        the name of the module that has {}
+        the name of the standard library module with {}
+        which module {} belongs to
+        what to import for {}
+        what I must import to use {}
+        where {} is defined
+        where {} comes from
+        where to import {} from
+        where to find {}
+    """),
+    "which": lines_of("""
+        what does this: {}
+        which function does this: {}
+        which function or class is for this: {}
+        the name of what does this: {}
+        the name of the function for the following: {}
+        what it is called that does this: {}
+        what to use for this: {}
+        what has the following description: {}
+        which name in the standard library fits this: {}
+        how to do this: {}
+        the function whose documentation says this: {}
+        the class or function that handles this: {}
+    """),
+    "exists": lines_of("""
+        whether {} exists
+        if {} exists
+        whether there is {}
+        whether Python has {}
+        if Python has {}
+        whether the standard library has {}
+        if {} is in the standard library
+        whether {} is part of the standard library
+        whether {} is real
+        whether {} is a real name
+        if {} is something in Python
+        whether I can use {}
+        if there is such a thing as {}
+        whether {} is made up
+    """),
+}
+MET = lines_of("""
+    I keep seeing {}
+    I see {} in a program
+    I found {} in my code
+    I met {} in a tutorial
+    I have {} here
+    I am reading code with {}
+    I am about to use {}
+    I am going to call {}
+    I want to use {}
+    I would like to use {} in a program
+    I have never used {}
+    I heard of {}
+    I was told to use {}
+    I read about {}
+    My colleague uses {}
+    My program calls {}
+    A book mentions {}
+    An answer on the web says {}
+    The example uses {}
+    There is {} in this file
+    Take {}
+    Let us talk about {}
+    This is about {}
+""")
+JOINED = (". ", "; ", ", and ", ", so ", ", but ", ": ")
+ABOUT_IT = {
+    "does": lines_of("""
+        what does it do?
+        what does that do?
+        what is it for?
+        what is that for?
+        what is its purpose?
+        tell me its purpose.
+        tell me what it does.
+        tell me what it is for.
+        explain it to me.
+        please explain it.
+        can you explain it in one sentence?
+        describe it in a few words.
+        what happens when I call it?
+        what would it do for me?
+        why would one use it?
+        I do not know what it does.
+        I need to know what it does.
+        what's it good for?
+        what does the documentation say?
+    """),
+    "arguments": lines_of("""
+        what are its arguments?
+        which arguments does it take?
+        what arguments does it take?
+        which parameters does it have?
+        what do I pass to it?
+        what must I give it?
+        what goes between the parentheses?
+        what is its signature?
+        show me its signature.
+        tell me its arguments.
+        how do I call it?
+        how is it called?
+        I need to know its arguments.
+        I need its signature.
+        I do not know what to pass.
+        which inputs does it want?
+        list its parameters.
+    """),
+    "module": lines_of("""
+        which module is it in?
+        what module is it in?
+        in which module is it?
+        which module has it?
+        which module does it belong to?
+        what do I import?
+        what must I import for it?
+        where do I import it from?
+        where does it come from?
+        where is it defined?
+        tell me its module.
+        tell me the name of its module.
+        what is its module called?
+        I need to know what to import.
+        I do not know where it is from.
+    """),
+    "exists": lines_of("""
+        does it exist?
+        does that exist?
+        is it real?
+        is that a real name?
+        is it in the standard library?
+        is that part of Python?
+        is it part of the standard library?
+        is there such a thing?
+        does Python have it?
+        can I use it?
+        or did I make that up?
+        tell me whether it exists.
+        I am not sure that it exists.
+        can you confirm that it exists?
+        is it something that Python has?
+    """),
 }
 # about what the question before named; the last N_TEST are for the test alone
 FOLLOW_UPS = lines_of("""
@@ -453,15 +679,17 @@ FOLLOW_UPS = lines_of("""
     How do I call that?
     And what should I pass?
     List its parameters.
-    Do I pass anything?
-    And what arguments does it take?
     Now list the parameters of that function, please.
     OK, so what do I have to pass to it?
+    Do I pass anything?
+    Great, and what arguments does it take?
+    Thanks, could you show me its signature as well?
+    OK, so which parameters do I need to give it?
 """)
 
 
 def phrasings(kind, split):
-    """The phrasings of a kind of question that a split may use, a list."""
+    """The phrasings of a kind of question that a split may use as they stand, a list."""
     every = FOLLOW_UPS if kind == "conversation" else QUESTIONS[kind]
     of_split = {
         "train": every[: -N_TEST - 1],
@@ -469,3 +697,16 @@ def phrasings(kind, split):
         "test": every[-N_TEST:],
     }
     return of_split[split]
+
+
+def training_phrasing(kind, rng):
+    """A phrasing for training: one that stands above, or one put together, drawn with rng."""
+    way = rng.random()
+    if way < 0.3 and kind in WANTED:
+        return rng.choice(WANTS).replace("...", rng.choice(WANTED[kind]))
+    if way < 0.6 and kind in ABOUT_IT:
+        join, question = rng.choice(JOINED), rng.choice(ABOUT_IT[kind])
+        if join == ". ":
+            question = question[0].upper() + question[1:]
+        return rng.choice(MET) + join + question
+    return rng.choice(phrasings(kind, "train"))

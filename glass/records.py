@@ -19,6 +19,7 @@ from glass.progress import say
 from glass.shards import META, folder_of
 
 SPLITS = ("train", "val", "test")
+READ = set("text label instruction input output messages chosen rejected kind".split())  # keys
 DATASET_KIND = {  # the kind of dataset that a task needs
     "classify": "classification",
     "instruct": "instructions",
@@ -52,6 +53,8 @@ def read_records(settings):
     else:
         splits = read_prepared(s)
     all_rows = [row for split in SPLITS for row in splits[split]]
+    if unread := sorted({key for _, fields in all_rows for key in fields} - READ):
+        say(f"of {s.dataset}'s rows, {', '.join(unread)[:200]} is not read")
     for where, fields in all_rows:
         check_row(where, fields, s.task)
     shuffle = random.Random(s.seed)
@@ -107,6 +110,7 @@ def check_row(where, fields, task):
         sources.check_keys(where, fields, ("text", "label"))
     elif task == "prefer":
         sources.check_keys(where, fields, ("instruction", "chosen", "rejected"))
+        check_input(where, fields)
         if fields["chosen"] == fields["rejected"]:
             raise ValueError(
                 f"{where}: chosen and rejected are the same text, so nothing is preferred: "
@@ -116,10 +120,15 @@ def check_row(where, fields, task):
         check_messages(where, fields["messages"])
     else:
         sources.check_keys(where, fields, ("instruction", "output"))
-        if not isinstance(fields.get("input") or "", str):
-            raise ValueError(
-                f"{where}: input={fields['input']!r} must be a text: correct it, or leave it out"
-            )
+        check_input(where, fields)
+
+
+def check_input(where, fields):
+    """Raise ValueError, with the place, for an input that is no text."""
+    if not isinstance(fields.get("input") or "", str):
+        raise ValueError(
+            f"{where}: input={fields['input']!r:.40} must be a text: correct it, or leave it out"
+        )
 
 
 def check_messages(where, messages):
@@ -143,7 +152,7 @@ def check_messages(where, messages):
                 "assistant: correct it"
             )
     are_texts = all(isinstance(message.get("content"), str) for message in messages)
-    if len(messages) < 2 or not are_texts:
+    if not any(message.get("role") == "user" for message in messages) or not are_texts:
         raise ValueError(
             f"{where}: messages must be texts of the user and then of the assistant: "
             "correct them, or remove the row"

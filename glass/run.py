@@ -69,6 +69,8 @@ def settle(given, Settings, script):
     check_owner(state, out_dir)
     tunable, free = with_role(Settings, "tunable"), with_role(Settings, "free")
     changed = {name: value for name, value in given.items() if value != before.get(name)}
+    if changed.get("vocab_size") == state["model_config"]["vocab_size"]:
+        del changed["vocab_size"]  # the tokenizer's, whatever the settings said
     for name in sorted(changed.keys() - tunable - free):
         raise ValueError(
             f"{name}={changed[name]} but the run in {out_dir} has {name}={before.get(name)}, "
@@ -139,7 +141,8 @@ def holds_run(folder):
     """Whether the folder holds any file that a run would write."""
     names = ("config.json", "tokenizer.json", *checkpoint.LEFT_BEHIND)
     has_files = any((Path(folder) / name).exists() for name in names)
-    return has_files or bool(checkpoint.saved_steps(folder))
+    steps = checkpoint.saved_steps(folder) or checkpoint.kept_steps(folder)
+    return has_files or bool(steps)
 
 
 def run_config(folder):
@@ -182,7 +185,9 @@ class Run:
         self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
         self.evaluated_step = state["evaluated_step"]
         self.evaluations_without_better = state["evaluations_without_better"]
-        is_best = self.best_step == self.step and Path(state["path"]).name != checkpoint.BEST
+        if Path(state["path"]).name == checkpoint.BEST:
+            self.saved_step = None  # no checkpoint of this step is left
+        is_best = self.best_step == self.step and self.saved_step is not None
         if is_best and self.processes.is_main:
             # The run may have been killed just before it did this.
             with warned_about(self.folder / checkpoint.BEST):

@@ -27,6 +27,20 @@ import typing
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent  # of the scripts, config/ and glass/
+MEANT = {  # what other programs call it: our name
+    "prompt": "start",
+    "lr": "learning_rate",
+    "epochs": "max_iters",
+    "steps": "max_iters",
+    "max_steps": "max_iters",
+    "max_tokens": "max_new_tokens",
+    "context_length": "block_size",
+    "seq_len": "block_size",
+    "output": "out_dir",
+    "output_dir": "out_dir",
+    "data": "dataset",
+    "no_compile": "compile",
+}
 LONGEST_MESSAGE = 2000  # characters of an error
 ADVICE = {  # what to do about an error of the file system
     errno.ENOSPC: "make room for it, or name another place",
@@ -59,7 +73,7 @@ def read_arguments(Settings, argv, positional=None):
     ValueError for an unknown name, a wrong type or a missing file. For --help, prints it and exits.
     """
     types_of = typing.get_type_hints(Settings)
-    arguments, words = Arguments({}, [], []), list(argv)
+    arguments, words, on_command_line = Arguments({}, [], []), list(argv), set()
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -76,10 +90,13 @@ def read_arguments(Settings, argv, positional=None):
                     raise ValueError(
                         f"{word} has no value: write {word} VALUE ..., or leave it out"
                     )
+                if name in on_command_line:  # given twice: both count
+                    value = arguments.given[name] + value
                 arguments.given[name] = check_type(f"--{name}", value, types_of[name])
             else:
                 parsed = parse(value, types_of[name])
                 arguments.given[name] = check_type(word.partition("=")[0], parsed, types_of[name])
+            on_command_line.add(name)
         elif word.endswith(".py") or positional is None:
             arguments.given.update(read_config_file(Settings, word))
             arguments.config_files.append(word)
@@ -118,6 +135,11 @@ def read_config_file(Settings, path):
     A file that is not here is looked for beside the scripts. Raises ValueError if there is none, or
     it does not run.
     """
+    if not str(path).endswith(".py"):
+        raise ValueError(
+            f"{str(path)!r} is neither --key=value nor a config file: such a file is Python, "
+            "name = value on each line, and ends in .py"
+        )
     found = Path(path) if Path(path).is_file() else HOME / path
     if not found.is_file():
         known = sorted(f"config/{file.name}" for file in (HOME / "config").glob("*.py"))
@@ -151,7 +173,8 @@ def current_name(Settings, name, what):
     known = typing.get_type_hints(Settings)
     if name in known:
         return name
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+    meant = MEANT.get(name.replace("-", "_"))
+    if near := [meant] if meant in known else difflib.get_close_matches(name, known, 1, 0.5):
         raise ValueError(
             f"unknown {what} {name!r}: did you mean --{near[0]}? --help lists every setting"
         )
@@ -192,6 +215,8 @@ def type_name(hint):
             names.append(" | ".join(map(str, typing.get_args(choice))))
         elif choice is type(None):
             names.append("None")
+        elif choice is bool:
+            names.append("True or False")
         else:
             names.append(getattr(choice, "__name__", str(choice)))
     return " or ".join(names)

@@ -362,7 +362,7 @@ def read_cells(path, file):
     else:
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         if len({*header, ""}) <= len(header):
             raise ValueError(
                 f"{path} line 1 names the columns {header}, needed are distinct names: correct it"

@@ -197,6 +197,8 @@ def find_folder(name_or_folder):
     name = str(name_or_folder)
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file: name its folder, {Path(name).parent}")
     if Path(name).parts[:1] == ("out",):  # where runs go, and no owner on the hub
         raise ValueError(f"{name} holds no run yet: train it first, or name another folder")
     if name not in HUB and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
