@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import bpe
 import train
-from glass import checkpoint, parallel, weights
+from glass import checkpoint, parallel, sharded, weights
 from glass.chat import MARKERS, Template, encode_chat, encode_for_class, messages_of
 from glass.device import (
     autocast,
@@ -866,7 +866,7 @@ def finish(run, context, adapter):
     """
     stage, model, is_main = run.task, run.model, run.processes.is_main
     run.processes.wait()  # until the checkpoint is written
-    state = checkpoint.load(run.folder, "best")
+    state = checkpoint.load(run.folder, "best", whole=run.processes.size == 1)
     run.load_weights(state)
     if adapter and is_main:
         with warned_about(run.folder / "adapter.safetensors"):
@@ -932,6 +932,7 @@ def main(argv):
 def evaluate_only(stage, model, context, state, processes):
     """Print the figures of the validation and test rows, and stop."""
     if state:
+        state = sharded.filled(state, sharded.parts_of(model, []))
         model.load_state_dict(parallel.shards_like(state["model"], model.state_dict()))
         stage.restore(model, state["task"])
     else:

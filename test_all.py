@@ -1713,6 +1713,56 @@ def test_a_shared_model_trains_as_one_process_does(n, way, words, workdir, capsy
     )
 
 
+def test_a_sharded_checkpoint_is_read_by_any_number_of_processes(workdir, capsys):
+    words = [*TINY_RUN, "--zero_init=False", "--max_iters=9", "--dropout=0.1", "--optimizer=muon"]
+    more = ["--parallel=fsdp", "--sharded_checkpoint=True", "--tie_weights=True"]
+    done = run_processes(2, HERE / "train.py", *words, *more, "--out_dir=out/whole")
+    assert done.returncode == 0, done.stderr
+    done = run_processes(2, HERE / "train.py", *words, *more, "--max_iters=6", "--lr_decay_iters=6")
+    assert done.returncode == 0, done.stderr
+    folder = Path("out/small")
+    names = sorted(path.name for path in folder.glob("shards_*"))
+    assert names == ["shards_0000003", "shards_0000006"]  # those of the last two checkpoints
+    assert len(list((folder / names[0]).glob("*.safetensors"))) == 2
+    assert not [path for path in folder.rglob("*") if path.name == ".metadata"]  # DCP's pickle
+    state = checkpoint.load("out/small")  # whole, in one process
+    model = GPT(GPTConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    status, *_ = run_main(sample.main, ["--out_dir=out/small", "--max_new_tokens=4"], capsys)
+    assert status == 0
+    shutil.copytree(folder, "out/copy")
+    status, _, err = run_main(
+        train.main, ["--init_from=resume", "--out_dir=out/copy", "--max_iters=7"], capsys
+    )
+    assert status == 0, err  # one process goes on, and writes one file
+    assert "shards" not in torch.load("out/copy/ckpt_0000007.pt", weights_only=True)
+    # a byte that flips is noticed, and the checkpoint before it is taken
+    shard = max((folder / names[1]).iterdir())
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    assert checkpoint.load("out/small")["step"] == 3
+    assert f"CRC of {names[1]}/{shard.name} differs" in capsys.readouterr().err
+    shutil.rmtree(folder / names[1])
+    assert checkpoint.load("out/small")["step"] == 3
+
+
+def test_what_a_sharded_checkpoint_takes_out_it_puts_back():
+    from glass import sharded
+
+    tied = torch.arange(6.0).view(2, 3)
+    state = {"a": tied, "b": {3: [tied, 5, None, torch.tensor(1)]}, "c": "text"}
+    tensors = {}
+    small = {key: sharded.taken_out(value, key, tensors, {}) for key, value in state.items()}
+    assert len(list(sharded.placeholders(small))) == 3
+    assert_same(sharded.put_back(small, tensors), state)
+    assert sharded.damage(".", {"folder": "../etc", "crc": {}}) == "../etc is missing"
+    assert sharded.is_wanted("auto", "fsdp", 10**10) and not sharded.is_wanted(
+        "auto", "ddp", 10**10
+    )
+    assert sharded.is_wanted(True, "fsdp", 9) and not sharded.is_wanted("auto", "fsdp", 10**8)
+
+
 ON_SHARDS = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

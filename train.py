@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import prepare
-from glass import checkpoint, optim, parallel
+from glass import optim, parallel, sharded
 from glass.about import write_about
 from glass.device import (
     autocast,
@@ -28,7 +28,7 @@ from glass.device import (
     join_processes,
     keep_freed_memory,
 )
-from glass.files import write_json
+from glass.files import first_line, write_json
 from glass.generate import generate
 from glass.progress import Progress, described, import_wandb, say
 from glass.run import Run, StopSignals, claim_folder, resumed_config, settle
@@ -95,6 +95,7 @@ class Settings(GPTConfig):
     backend: Free[str | None] = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
     # several processes: a copy of the model in each, or shared between all, or within a machine
     parallel: Free[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"  # auto: ddp where that fits
+    sharded_checkpoint: Free[bool | Literal["auto"]] = "auto"  # each process its part; auto: large
 
     def __post_init__(self):
         super().__post_init__()
@@ -328,7 +329,7 @@ def compile_in_place(run):
     except Exception as error:  # a missing part of the compiler can raise any type
         for module in compiled:
             module._compiled_call_impl = None  # undo compile(): torch has no call for it
-        say(f"compile failed, training goes on without it ({checkpoint.first_line(error)})")
+        say(f"compile failed, training goes on without it ({first_line(error)})")
     model.zero_grad(set_to_none=True)
 
 
@@ -556,6 +557,7 @@ def main(argv):
         say(model.summary())
     if settings.eval_only:
         if state:
+            state = sharded.filled(state, sharded.parts_of(model, []))
             model.load_state_dict(parallel.shards_like(state["model"], model.state_dict()))
         context = autocast(model.device, choose_dtype(settings.dtype, model.device))
         figures = task.evaluate(model, context, processes)

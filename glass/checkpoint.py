@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from glass.files import sync_folder
+from glass import sharded
+from glass.files import first_line, sync_folder
 
 VERSION = 2
 BEST = "best.pt"
@@ -82,7 +83,19 @@ def save(folder, step, state, keep=2):
     write(path, {"version": VERSION, "step": step, **state})
     for old in saved_steps(folder)[:-keep]:
         checkpoint_path(folder, old).unlink(missing_ok=True)
+    remove_unused_shards(folder)
     return path
+
+
+def remove_unused_shards(folder):
+    """Remove the shards that no checkpoint of the folder needs."""
+    if any(Path(folder).glob("shards_*")):
+        used = {sharded.shards_folder(folder, step).name for step in saved_steps(folder)}
+        best = Path(folder) / BEST
+        if best.exists() and damage(best) is None:
+            state = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+            used.add(state.get("shards", {}).get("folder"))
+        sharded.remove_unused(folder, used)
 
 
 def keep_weights(folder, step, state):
@@ -138,8 +151,10 @@ def mark_best(folder, step):
     sync_folder(folder)
 
 
-def load(folder, which="last"):
+def load(folder, which="last", whole=True):
     """The state of a checkpoint, a dict, with tensors on the CPU, and the `path` it was read from.
+
+    Without `whole`, tensors that lie in shards stay there: see sharded.filled.
 
     which: 'last', 'best' or a step. A damaged or renamed file is named on stderr, and the one before
     it is taken instead, at last best.pt; instead of best.pt, the last. Raises FileNotFoundError if
@@ -165,7 +180,8 @@ def load(folder, which="last"):
         if problem is None:
             names = [make(folder, state["step"]).name for make in (checkpoint_path, kept_path)]
             if path.name in (BEST, *names):
-                return upgraded(state) | {"path": str(path)}
+                state = upgraded(state) | {"path": str(path)}
+                return sharded.filled(state) if whole else state
             problem = f"it holds step {state['step']}: somebody renamed it"
         warning = f"WARNING: {path} is damaged ({problem}), looking for another one"
         print(warning, file=sys.stderr, flush=True)
@@ -184,6 +200,9 @@ def read(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for a bad file, each torch version raises other errors
         return None, first_line(error)
+    if isinstance(state, dict) and "shards" in state:
+        if problem := sharded.damage(Path(path).parent, state["shards"]):
+            return None, problem
     if not isinstance(state, dict) or "version" not in state:
         raise ValueError(
             f"{path} is a torch file but not a checkpoint of this program: name another folder"
@@ -246,11 +265,6 @@ def damage(path):
         return first_line(error)
 
 
-def first_line(error):
-    """The kind of an error and the first line of its text, at most 200 characters."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
 def tensor_bytes(state):
     """The number of bytes of all tensors in nested dicts and lists."""
     if isinstance(state, torch.Tensor):
@@ -283,6 +297,7 @@ def remove_half_written(folder):
     for path in Path(folder).glob("*.tmp"):
         if re.fullmatch(r"(ckpt|kept)_\d+\.tmp|best\.tmp", path.name):
             path.unlink()
+    remove_unused_shards(folder)
 
 
 def set_aside(folder, loaded):
@@ -313,3 +328,4 @@ def remove_run(folder):
     others = [Path(folder) / name for name in LEFT_BEHIND]
     for path in checkpoints + others:
         path.unlink(missing_ok=True)
+    remove_unused_shards(folder)

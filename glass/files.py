@@ -24,8 +24,13 @@ def reading(path, advice):
         of_the_system = isinstance(error, OSError) and error.errno is not None
         if names_it or of_the_system or isinstance(error, ImportError):
             raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = first_line(error)
         raise ValueError(f"{path} is not as it should be ({reason}): {advice}") from error
+
+
+def first_line(error):
+    """The kind of an error and the first line of its text, at most 200 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def read_function(path, setting, signature):

@@ -13,9 +13,8 @@ from dataclasses import asdict
 
 import torch
 
-from glass.checkpoint import first_line
 from glass.device import peak_flops
-from glass.files import replacing, write_text
+from glass.files import first_line, replacing, write_text
 
 QUICK = "quick_"  # begins the name of a figure that comes from a few validation windows only
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from glass import checkpoint
-from glass.device import choose_dtype
+from glass import checkpoint, sharded
+from glass.device import choose_dtype, count_processes
 from glass.files import lock, read_object
 from glass.optim import load_moments, make_optimizers
 from glass.parallel import SHARED, shards_like, whole
@@ -52,7 +52,7 @@ def settle(given, Settings, script):
         return Settings(**chosen), chosen, None
     out_dir = str(given.get("out_dir") or checkpoint.newest_run())
     try:
-        state = checkpoint.load(out_dir)
+        state = checkpoint.load(out_dir, whole=count_processes() == 1)
     except checkpoint.NoneIsWhole as error:
         if init_from == "resume":
             raise
@@ -175,6 +175,8 @@ class Run:
 
         Learning rates and other options stay as the settings of this run have them.
         """
+        if "shards" in state:
+            state = sharded.filled(state, sharded.parts_of(self.model, self.optimizers))
         self.load_weights(state)
         load_moments(self.optimizers, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # a disabled scaler saved nothing
@@ -195,6 +197,8 @@ class Run:
 
     def load_weights(self, state):
         """Give the model the weights of a checkpoint's state."""
+        if "shards" in state:
+            state = sharded.filled(state, sharded.parts_of(self.model, self.optimizers))
         self.model.load_state_dict(shards_like(state["model"], self.model.state_dict()))
 
     def save(self):
@@ -205,18 +209,28 @@ class Run:
         is_main = self.processes.is_main
         if self.saved_step == self.step or not (is_main or self.way in SHARED):
             return
+        s, is_saved = self.settings, True
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        state = self.weights_state() | {
-            "optimizer": whole(optimizers, kept=is_main),
-            "scaler": self.scaler.state_dict(),
-            "run_id": self.id,
-            "best_val_loss": self.best_val_loss,
-            "best_step": self.best_step,
-            "evaluated_step": self.evaluated_step,
-            "evaluations_without_better": self.evaluations_without_better,
-        }
-        is_saved = True
         try:
+            n = self.model.parameter_count()
+            if sharded.is_wanted(s.sharded_checkpoint, self.way, n):
+                tensors = {"model": self.model.state_dict(), "optimizer": optimizers}
+                tensors = sharded.save(self.folder, self.step, tensors, self.processes)
+            else:
+                tensors = {"optimizer": whole(optimizers, kept=is_main)}
+                tensors |= {"model": whole(self.model.state_dict(), kept=is_main)}
+            state = (
+                tensors
+                | self.description()
+                | {
+                    "scaler": self.scaler.state_dict(),
+                    "run_id": self.id,
+                    "best_val_loss": self.best_val_loss,
+                    "best_step": self.best_step,
+                    "evaluated_step": self.evaluated_step,
+                    "evaluations_without_better": self.evaluations_without_better,
+                }
+            )
             if is_main:
                 checkpoint.save(self.folder, self.step, state)
         except OSError as error:
@@ -230,10 +244,9 @@ class Run:
         if is_saved:
             self.saved_step = self.step
 
-    def weights_state(self):
-        """The part of a checkpoint that says what the model is."""
+    def description(self):
+        """The part of a checkpoint that says what the model is, without its weights."""
         return {
-            "model": whole(self.model.state_dict(), kept=self.processes.is_main),
             "settings": self.chosen,
             "model_config": asdict(self.model.config),
             "tokenizer": self.task.tokenizer.to_dict(),
@@ -245,7 +258,8 @@ class Run:
         """Write the weights of this step where no later save removes them. A failure is a warning."""
         if not (self.processes.is_main or self.way in SHARED):
             return
-        state = self.weights_state()
+        weights = whole(self.model.state_dict(), kept=self.processes.is_main)
+        state = {"model": weights} | self.description()
         if self.processes.is_main:
             with warned_about(checkpoint.kept_path(self.folder, self.step)):
                 checkpoint.keep_weights(self.folder, self.step, state)

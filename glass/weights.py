@@ -27,7 +27,7 @@ import torch
 import bpe
 from glass import checkpoint
 from glass.device import choose_device, choose_dtype
-from glass.files import reading, replacing
+from glass.files import first_line, reading, replacing
 from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
 from glass.settings import check_type
 from model import GPT, GPTConfig
@@ -219,9 +219,9 @@ def find_folder(name_or_folder):
     try:
         return Path(huggingface_hub.snapshot_download(hub_name, allow_patterns=DOWNLOADED))
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{name!r} is no folder here and cannot be downloaded ({first_line}): "
+            f"{name!r} is no folder here and cannot be downloaded ({reason}): "
             "check the name and the network, "
             f"or download {hub_name} elsewhere and give the folder"
         ) from error
@@ -631,8 +631,7 @@ def save_pretrained(model, folder, tokenizer=None):
         os.replace(partial, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
-            f"{folder} cannot be written ({checkpoint.first_line(error)}): "
-            "make room, or name another folder"
+            f"{folder} cannot be written ({first_line(error)}): make room, or name another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
