@@ -1763,6 +1763,25 @@ def test_what_a_sharded_checkpoint_takes_out_it_puts_back():
     assert sharded.is_wanted(True, "fsdp", 9) and not sharded.is_wanted("auto", "fsdp", 10**8)
 
 
+def test_each_process_reads_its_rows_of_published_weights(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, *AS_GPT2, "--tie_weights=True"], capsys)
+    run_main(sample.main, ["--export=folder"], capsys)
+    words = [
+        *TINY_RUN,
+        "--init_from=folder",
+        "--optimizer=adamw",
+        "--learning_rate=1e-4",
+        "--min_lr=0",
+    ]
+    status, _, err = run_main(train.main, [*words, "--out_dir=out/one"], capsys)
+    assert status == 0, err
+    done = run_processes(2, HERE / "train.py", *words, "--out_dir=out/two", "--parallel=fsdp")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(metrics_of("out/one"), metrics_of("out/two"), strict=True):
+        for key in {"loss", "val_loss", "grad_norm"} & a.keys():
+            assert a[key] == pytest.approx(b[key], abs=1e-5)
+
+
 ON_SHARDS = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

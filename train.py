@@ -373,8 +373,8 @@ def check_dataset(settings, dataset, given, state):
 def build_model(settings, tokenizer, state, processes):
     """(model, way): fresh, as a checkpoint's state describes it, or with published weights.
 
-    way: how the processes share it; see glass/parallel.py. A fresh model that is shared out is
-    never whole in a process.
+    way: how the processes share it; see glass/parallel.py. A model that is shared out is never whole
+    in a process.
     """
     s = settings
     dtype = choose_dtype(s.dtype, processes.device)
@@ -384,24 +384,28 @@ def build_model(settings, tokenizer, state, processes):
         if way not in parallel.SHARED:
             torch.manual_seed(s.seed)
             return GPT(config).to(processes.device), way
-        with torch.device("meta"):
-            model = GPT(config)
-        parallel.shard(model, way, processes, dtype)
-        model.to_empty(device=processes.device)
+        model = parallel.empty(config, way, processes, dtype)
         parallel.fill(model, s.seed)
         return model, way
-    model = published_model(s, tokenizer).to(processes.device)
-    way = parallel.choose_way(s, model.parameter_count(), processes)
-    parallel.shard(model, way, processes, dtype)
-    return model, way
+    way = None
+
+    def make(config):
+        nonlocal way
+        way = parallel.choose_way(s, count_parameters(config), processes)
+        return parallel.empty(config, way, processes, dtype) if way in parallel.SHARED else None
+
+    return published_model(s, tokenizer, make).to(processes.device), way
 
 
-def published_model(settings, tokenizer):
-    """A model with the published weights that init_from names, checked against the dataset."""
+def published_model(settings, tokenizer, make):
+    """A model with the published weights that init_from names, checked against the dataset.
+
+    make: see weights.load_pretrained.
+    """
     s = settings
     choices = dict(dropout=s.dropout, attn_dropout=s.attn_dropout)
     choices |= dict(attention=s.attention, loss_chunk=s.loss_chunk)
-    model = GPT.from_pretrained(s.init_from, dtype=torch.float32, **choices)
+    model = GPT.from_pretrained(s.init_from, dtype=torch.float32, make=make, **choices)
     check_tokenizer(s.init_from, tokenizer)
     config, vocab_size = model.config, tokenizer.vocab_size
     if s.block_size > config.block_size or vocab_size > config.vocab_size:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from glass.device import free_memory
 from glass.progress import say
+from model import GPT
 
 BYTES = 16  # of a trained parameter in float32: itself, its gradient and AdamW's two moments
 SHARED = ("fsdp", "hsdp")
@@ -100,6 +101,14 @@ def shard(model, way, processes, dtype):
     register_fsdp_forward_method(model, "hidden")  # it is called from outside too
 
 
+def empty(config, way, processes, dtype):
+    """A GPT whose shards, in the memory of this process, are still to be filled."""
+    with torch.device("meta"):
+        model = GPT(config)
+    shard(model, way, processes, dtype)
+    return model.to_empty(device=processes.device)
+
+
 class LossOf(torch.nn.Module):
     """LossOf(model)(loss, ...) is loss(model, ...): a module, so that DDP sees the forward pass."""
 
@@ -156,13 +165,20 @@ def whole(value, kept=True, memo=None):
 
 def shard_like(tensor, like):
     """This process's part of a whole tensor, shared out as `like` is; the tensor if that is whole."""
-    if not is_shard(like):
+    if not is_shard(like) or is_shard(tensor):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor
 
-    tensor = tensor.to(like.device, like.dtype)
-    # every process has the whole, so nothing is sent
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    mesh = like.device_mesh["shard"]
+    per_process = math.ceil(len(tensor) / mesh.size())
+    first = per_process * mesh.get_local_rank()
+    # every process has the whole, so nothing is sent; of a mapped file, only these rows are read
+    rows = tensor[first : first + per_process]
+    rows = rows.to(like.device, like.dtype, memory_format=torch.contiguous_format, copy=True)
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(
+        rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 def shards_like(tensors, like):

@@ -29,6 +29,7 @@ from glass import checkpoint
 from glass.device import choose_device, choose_dtype
 from glass.files import first_line, reading, replacing
 from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
+from glass.parallel import shard_like
 from glass.settings import check_type
 from model import GPT, GPTConfig
 
@@ -447,14 +448,16 @@ def plan_tensors(folder, layout, config, state):
     return [(stored_as.get(theirs, theirs), *rest, files[theirs]) for theirs, *rest in names]
 
 
-def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
+@torch.no_grad()
+def load_pretrained(name_or_folder, dtype=None, device="cpu", make=None, **overrides):
     """The published model of a folder, preset or hub name, as a GPT.
 
     dtype None keeps the dtype of the file; training wants torch.float32. overrides are settings
     that do not change what the weights mean: dropout (0 unless given), attention, block_size
     (learned positions are cropped) ... Maps and copies one tensor at a time. So peak memory is the
-    weights plus the largest tensor, and the files may change afterwards. Raises ValueError for
-    anything that does not fit.
+    weights plus the largest tensor, and the files may change afterwards. make: gives a model of the
+    config to be filled, whose weights are shards, so that each process reads its own rows; or None.
+    Raises ValueError for anything that does not fit.
     """
     folder = find_folder(name_or_folder)
     if checkpoint.checkpoint_files(folder):
@@ -480,6 +483,8 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
     if "dropout" in overrides:
         overrides.setdefault("attn_dropout", None)  # then derived from dropout
     config = replace(config, **overrides)
+    model = make(config) if make else None
+    own = model.state_dict() if model else {}
     for theirs, ours, is_transposed, path in plan:
         tensor = read_tensor(path, theirs)
         needed = as_stored([state[name] for name in ours], is_transposed)
@@ -494,8 +499,13 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", **overrides):
         for name, part in zip(ours, parts, strict=True):
             part = part[: config.block_size] if name == "pos_emb.weight" else part
             options = dict(copy=True, memory_format=torch.contiguous_format)
-            state[name] = part.to(device, dtype, **options)
+            if model:
+                own[name].copy_(shard_like(part, own[name]))
+            else:
+                state[name] = part.to(device, dtype, **options)
         del tensor, part, parts  # unmaps the file before the next tensor
+    if model:
+        return model
     with torch.device("meta"):
         model = GPT(config)
     if config.tie_weights:

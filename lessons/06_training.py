@@ -371,8 +371,8 @@ for learning_rate in (1e-2, 10.0):
 # ## Where it happens
 #
 # The real loop is on one screen. You know its core: rate, loss, backward, clipping, step. Pass over `scaler` and
-# `autocast` (numbers of fewer bits), `DistributedDataParallel` and `processes` (lesson 15), and `signals` (a stop by
-# Ctrl-C, lesson 07).
+# `autocast` (numbers of fewer bits), `parallel` and `processes` (lesson 15), and `signals` (a stop by Ctrl-C,
+# lesson 07).
 
 # %%
 source(train)

@@ -60,9 +60,10 @@ print("from one process' weights they differ by", distance(first, alone.state_di
 # The two processes agree to the bit: they started alike and added the same numbers. From one process they differ
 # by rounding, because a sum was made in another order.
 #
-# In `train.py` it is the same, with two savings: torch's `DistributedDataParallel` sends a layer's gradients while
-# the backward pass still computes those before it, and with accumulation only the last micro-step sends. Which rows
-# a process takes depends on the step and its rank alone, so one process and two make the same run:
+# In `train.py` (by `glass/parallel.py`) it is the same, with two savings: torch's `DistributedDataParallel` sends a
+# layer's gradients while the backward pass still computes those before it, and with accumulation only the last
+# micro-step sends. Which rows a process takes depends on the step and its rank alone, so one process and two make
+# the same run:
 
 # %%
 source(training.Pretraining.rows)
@@ -239,7 +240,9 @@ print("the two processes' weights differ by", distance(first, second))
 # |---|---|
 # | processes, their rank and group | `glass/device.py`: `Processes`, `join_processes` |
 # | rows of a process | `train.py`: `Pretraining.rows`; the share: `train` |
-# | exchange of gradients | `train.py`: `train` (`DistributedDataParallel`) |
+# | exchange of gradients | `glass/parallel.py`: `wrap` (`DistributedDataParallel`), `exchange` |
+# | sharding: parameters, Muon, checkpoints | `glass/parallel.py`: `shard`, `on_whole_matrices`; `glass/sharded.py` |
+# | how much, before it is rented | `python bench.py plan` |
 # | try it | `torchrun --standalone --nproc_per_node=2 train.py config/pydoc_char.py --gradient_accumulation_steps=2` |
 #
 # ## To read
