@@ -1,5 +1,5 @@
 # config/finetune_docs.py: what Python's library does, asked in many phrasings; the base is config/docs.py's
-# expect 85.7% exact matches on 2,000 test questions, 21 minutes on two cores of an AMD Zen 4 server
+# expect 79% exact matches on 3,000 test questions (bench.py docs), 15 to 24 minutes on two cores of a Sapphire Rapids server
 task = "instruct"
 dataset = "docs"
 init_from = "out/docs"
