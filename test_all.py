@@ -2264,10 +2264,10 @@ def test_no_optimizer_moves_where_the_gradient_of_one_is_infinite(workdir, capsy
     build_model, fresh = train.build_model, {}
 
     def with_infinite_gradient(*arguments):
-        model = build_model(*arguments)
+        model, way = build_model(*arguments)
         fresh.update((name, tensor.clone()) for name, tensor in model.state_dict().items())
         model.head.weight.register_hook(lambda grad: grad * math.inf)
-        return model
+        return model, way
 
     monkeypatch.setattr(train, "build_model", with_infinite_gradient)
     for dtype in ("float32", "float16"):
@@ -2828,7 +2828,7 @@ BAD_ROWS = {
 }
 
 
-def test_finetuning_refuses_what_cannot_be(base, capsys):
+def test_finetuning_refuses_what_cannot_be(long_base, capsys):
     one_class = "".join(json.dumps({"text": f"to be {i}", "label": "a"}) + "\n" for i in range(30))
     Path("one.jsonl").write_text(one_class)
     Path("data/odd").mkdir()
@@ -4068,7 +4068,7 @@ def test_a_checker_that_gives_no_answer_is_one_line(long_base, capsys):
         assert status == 2 and "check.py" in err.splitlines()[-1], content
 
 
-def test_classes_that_a_model_does_not_know_and_files_without_rows_are_refused(base, capsys):
+def test_classes_that_a_model_does_not_know_and_files_without_rows_are_refused(long_base, capsys):
     tune("classify", capsys)
     Path("other.csv").write_text("text,label\nto be,neither\n")
     Path("empty.csv").write_text("text,label\n")
@@ -6411,7 +6411,8 @@ def test_a_dataset_that_another_process_made_meanwhile_stays(in_tmp_path, monkey
         return take(*arguments)
 
     monkeypatch.setattr(prepare, "lock", slow_lock)
-    make("own", "b.txt")
+    with pytest.raises(ValueError, match=r"made with input=\['a.txt'\]"):
+        make("own", "b.txt")
     assert "a.txt" in Path("data/own/meta.json").read_text()
 
 

@@ -55,9 +55,9 @@ SHAPE = """
     --eval_iters=2 --lr_decay_iters=4 --sample_tokens=8
 """.split()
 TUNED = """
-    --init_from=out/base --block_size=64 --template=markers --answer_tokens=4 --eval_answers=4
-    --test_items=4 --learning_rate=1e-3
+    --init_from=out/base --block_size=64 --test_items=4 --learning_rate=1e-3
 """.split()
+ANSWERED = "--template=markers --answer_tokens=4 --eval_answers=4".split()
 AS_GPT2 = "--pos=learned --qk_norm=False --smear=False --embed_skip=False".split()
 SMALL = ["--dataset=small", *SHAPE, *TINY]
 DRAWN = "--max_new_tokens=8 --device=cpu".split()
@@ -112,7 +112,8 @@ class Result:
 def words_of_tuning(task, form="jsonl", rows=None, out="new"):
     """The command line of finetune.py for a task, on the rows of a format."""
     dataset = f"--dataset=rows/{rows or TASKS[task]}.{form}"
-    return [f"--task={task}", dataset, *TUNED, *TINY, f"--out_dir=out/{out}"]
+    answered = [] if task == "classify" else ANSWERED
+    return [f"--task={task}", dataset, *TUNED, *answered, *TINY, f"--out_dir=out/{out}"]
 
 
 def make_world():
