@@ -59,8 +59,9 @@ class Settings:
     def __post_init__(self):
         from model import require
 
-        if self.save == "":
-            raise ValueError("save='' names no file: give one, or leave it out")
+        for name, what in (("save", "file"), ("compare", "run or folder")):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}='' names no {what}: give one, or leave it out")
 
         require(self, "stride answer_tokens limit", lambda value: value >= 1, "be at least 1")
         require(self, "shots", lambda value: value >= 0, "not be negative")

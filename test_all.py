@@ -3438,8 +3438,9 @@ def test_what_would_be_ignored_is_refused(long_base, capsys, monkeypatch):
         assert status == 2 and says in err
     status, _, err = tune("instruct", capsys, "--block_size=4096")
     assert status == 2 and "block_size=4096 but the model that is tuned has 64 positions" in err
-    status, _, err = run_main(evaluate.main, ["--save="], capsys)
-    assert status == 2 and "save='' names no file" in err
+    for name in ("save", "compare"):
+        status, _, err = run_main(evaluate.main, [f"--{name}="], capsys)
+        assert status == 2 and f"{name}='' names no " in err
     for words, says in (
         (["--template=foo"], "template='foo' must be auto | markers"),
         (["--start=FILE:"], "names no file"),
