@@ -1804,7 +1804,8 @@ for shape in ((8, 12), (7, 5), (2, 9)):  # rows that three processes share evenl
         assert torch.equal(p.detach(), q), (p - q).abs().max()
     again = parallel.shard_like(whole[0].detach(), shared[0])
     assert torch.equal(again.full_tensor(), whole[0].detach())
-print("equal")
+print("equal", flush=True)
+dist.barrier()
 dist.destroy_process_group()
 """
 
