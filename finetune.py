@@ -872,7 +872,8 @@ def finish(run, context, adapter):
         with warned_about(run.folder / "adapter.safetensors"):
             weights.save_adapter(model, run.folder / "adapter.safetensors")
     if stage.examples["test"]:
-        after = stage.test(model, context, run.folder if is_main else None)
+        with parallel.evaluating(run.way, model, run.settings):
+            after = stage.test(model, context, run.folder if is_main else None)
     if stage.examples["test"] and is_main:
         say(f"test, with the checkpoint of step {state['step']}: {described(after)}")
         with warned_about(run.folder / "test.json"):
@@ -911,10 +912,12 @@ def main(argv):
         say(f"{s.task} on {s.dataset} ({sizes}), from {s.init_from}")
         say(model.summary())
     if s.eval_only:
-        return evaluate_only(stage, model, context, state, processes)
+        return evaluate_only(stage, model, way, context, state, processes)
     run, lock = train.start(s, chosen, model, way, stage, processes, state)
     if stage.examples["test"] and not state:
-        stage.test_before = stage.test(model, context, run.folder if processes.is_main else None)
+        folder = run.folder if processes.is_main else None
+        with parallel.evaluating(way, model, s):
+            stage.test_before = stage.test(model, context, folder)
         if processes.is_main:
             say(f"test, before: {described(stage.test_before)}")
     progress = Progress(run)
@@ -929,7 +932,7 @@ def main(argv):
     return (128 + stop) if stop else 0  # as shells do for signals
 
 
-def evaluate_only(stage, model, context, state, processes):
+def evaluate_only(stage, model, way, context, state, processes):
     """Print the figures of the validation and test rows, and stop."""
     if state:
         state = sharded.filled(state, sharded.parts_of(model, []))
@@ -937,9 +940,10 @@ def evaluate_only(stage, model, context, state, processes):
         stage.restore(model, state["task"])
     else:
         stage.begin(model)
-    lines = [described(stage.evaluate(model, context, processes))]
-    if stage.examples["test"]:
-        lines.append(f"test: {described(stage.test(model, context))}")
+    with parallel.evaluating(way, model, stage.settings):
+        lines = [described(stage.evaluate(model, context, processes))]
+        if stage.examples["test"]:
+            lines.append(f"test: {described(stage.test(model, context))}")
     if processes.is_main:
         say("\n".join(lines))
     processes.leave()

@@ -1782,6 +1782,29 @@ def test_each_process_reads_its_rows_of_published_weights(workdir, capsys):
             assert a[key] == pytest.approx(b[key], abs=1e-5)
 
 
+def test_a_shared_model_in_bfloat16_trains_samples_and_answers(long_base, capsys):
+    words = [
+        *TINY_RUN,
+        "--dtype=bfloat16",
+        "--parallel=fsdp",
+        "--out_dir=out/shared",
+        "--recompute=True",
+    ]
+    done = run_processes(2, HERE / "train.py", *words)
+    assert done.returncode == 0 and "step 6: train loss" in done.stdout, done.stderr
+    Path("stages.py").write_text(FOUR_STAGES)
+    lines = []
+    for task, dataset in TASKS.items():
+        tiny = TINY_STAGE if task == "classify" else TINY_TUNE
+        words = [f"--task={task}", f"--dataset={dataset}.jsonl", *tiny, f"--out_dir=out/{task}"]
+        lines.append(" ".join(words))
+    Path("stages.txt").write_text("\n".join(lines))
+    done = run_processes(2, "stages.py", "--parallel=fsdp", "--dtype=bfloat16")
+    assert done.returncode == 0, done.stderr
+    for task in TASKS:
+        assert json.loads(Path(f"out/{task}/test.json").read_text())["after"]
+
+
 ON_SHARDS = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

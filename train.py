@@ -287,13 +287,16 @@ def between_updates(run, context, progress, signals):
         run.keep_weights()
     glance_interval, n_rows = glances(s)
     if step and not stop and (ends or step % s.eval_interval == 0):
-        figures = task.evaluate(run.model, context, processes)
+        with parallel.evaluating(run.way, run.model, s):
+            figures = task.evaluate(run.model, context, processes)
         run.note_evaluation(figures["val_loss"], is_final=ends)
         takes_part = processes.is_main or run.way in parallel.SHARED
-        text = task.sample(run.model) if s.sample_tokens and takes_part else None
+        with parallel.evaluating(run.way, run.model, s):
+            text = task.sample(run.model) if s.sample_tokens and takes_part else None
         progress.evaluated(figures, text)
     elif step and not stop and n_rows and step % glance_interval == 0:
-        progress.glanced(task.evaluate(run.model, context, processes, n_rows), n_rows)
+        with parallel.evaluating(run.way, run.model, s):
+            progress.glanced(task.evaluate(run.model, context, processes, n_rows), n_rows)
     is_stuck = s.patience is not None and run.evaluations_without_better >= s.patience
     return stop, ends or is_stuck
 

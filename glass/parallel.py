@@ -7,6 +7,7 @@ machines average their gradients. What follows is the same for all, because copi
 in a few functions: `whole` gathers a tensor, `shard_like` takes this process's rows of one.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from glass.device import free_memory
+from glass.device import autocast, choose_dtype, free_memory
 from glass.progress import say
 from model import GPT
 
@@ -107,6 +108,17 @@ def empty(config, way, processes, dtype):
         model = GPT(config)
     shard(model, way, processes, dtype)
     return model.to_empty(device=processes.device)
+
+
+def evaluating(way, model, settings):
+    """A context for what runs a model outside of training's autocast: answers, samples of text.
+
+    A shared model is gathered in the dtype of products, so it needs autocast there too. Always a new
+    context, since one of torch's cannot be entered twice.
+    """
+    if way not in SHARED:
+        return contextlib.nullcontext()
+    return autocast(model.device, choose_dtype(settings.dtype, model.device))
 
 
 class LossOf(torch.nn.Module):
