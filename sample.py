@@ -320,8 +320,9 @@ READ_BY = {
 
 def check_given(given):
     """ValueError for settings that what is asked for would not read."""
+    given = {name: value for name, value in given.items() if value not in (None, False)}
     ways = ("export", "classify", "show_lens", "show_attention", "chat")
-    way = next((name for name in ways if given.get(name) not in (None, False)), "text")
+    way = next((name for name in ways if name in given), "text")
     read = READ_BY.get(way, set())
     if way == "chat":
         read = read | {"max_new_tokens", "stop"}

@@ -1743,6 +1743,12 @@ def test_a_sharded_checkpoint_is_read_by_any_number_of_processes(workdir, capsys
     shard.write_bytes(bytes(content))
     assert checkpoint.load("out/small")["step"] == 3
     assert f"CRC of {names[1]}/{shard.name} differs" in capsys.readouterr().err
+    aside = folder / "ckpt_0000006.pt.damaged"  # as a resumed run sets it aside
+    (folder / "ckpt_0000006.pt").rename(aside)
+    (folder / "best.pt").unlink()
+    checkpoint.remove_unused_shards(folder)
+    assert sorted(path.name for path in folder.glob("shards_*")) == names
+    aside.rename(folder / "ckpt_0000006.pt")
     shutil.rmtree(folder / names[1])
     assert checkpoint.load("out/small")["step"] == 3
 
@@ -2154,6 +2160,7 @@ def test_published_weights_train_with_the_chunk_dropout_and_attention_given(work
         "--loss_chunk=5",
         "--attention=sdpa",
         "--dropout=0.2",
+        "--recompute=True",
         "--out_dir=out/tuned",
     ]
     assert run_main(train.main, [*TINY_RUN, *words], capsys)[0] == 0
@@ -2163,7 +2170,12 @@ def test_published_weights_train_with_the_chunk_dropout_and_attention_given(work
         config["attention"],
         config["dropout"],
         config["attn_dropout"],
-    ) == (5, "sdpa", 0.2, 0.2)
+        config["recompute"],
+    ) == (5, "sdpa", 0.2, 0.2, True)
+    status, *_ = run_main(
+        sample.main, ["--out_dir=out/tuned", "--chat=False", "--start=To"], capsys
+    )
+    assert status == 0  # without gradients, a block that is recomputed is like any other
 
 
 def test_published_weights_keep_their_architecture_and_say_so(workdir, capsys):

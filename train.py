@@ -201,12 +201,15 @@ class Pretraining:
 def estimate_loss(model, batches, context, processes):
     """Mean cross-entropy in nats over all scored tokens.
 
-    batches: an iterator of pairs of numpy arrays, idx and targets, (B, T) each. The processes take
-    them in turn; all get the mean.
+    batches: pairs of numpy arrays, idx and targets, (B, T) each. The processes take them in turn;
+    all get the mean.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, scored tokens
+    total, batches = (
+        torch.zeros(2, dtype=torch.float64),
+        iter(batches),
+    )  # summed loss, scored tokens
     while turn := list(itertools.islice(batches, processes.size)):
         is_ours = processes.rank < len(turn)
         batch = turn[processes.rank if is_ours else 0]  # a shared model runs in all or in none
@@ -407,7 +410,7 @@ def published_model(settings, tokenizer, make):
     """
     s = settings
     choices = dict(dropout=s.dropout, attn_dropout=s.attn_dropout)
-    choices |= dict(attention=s.attention, loss_chunk=s.loss_chunk)
+    choices |= dict(attention=s.attention, loss_chunk=s.loss_chunk, recompute=s.recompute)
     model = GPT.from_pretrained(s.init_from, dtype=torch.float32, make=make, **choices)
     check_tokenizer(s.init_from, tokenizer)
     config, vocab_size = model.config, tokenizer.vocab_size

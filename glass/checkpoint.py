@@ -88,9 +88,10 @@ def save(folder, step, state, keep=2):
 
 
 def remove_unused_shards(folder):
-    """Remove the shards that no checkpoint of the folder needs."""
+    """Remove the shards that no checkpoint of the folder needs, set aside or not."""
     if any(Path(folder).glob("shards_*")):
-        used = {sharded.shards_folder(folder, step).name for step in saved_steps(folder)}
+        names = [re.match(r"ckpt_(\d+)\.pt", path.name) for path in Path(folder).glob("ckpt_*")]
+        used = {sharded.shards_folder(folder, int(name[1])).name for name in names if name}
         best = Path(folder) / BEST
         if best.exists() and damage(best) is None:
             state = torch.load(best, map_location="cpu", weights_only=True, mmap=True)

@@ -3,6 +3,7 @@
 A row is a pair (where, fields): its place in the file, for errors, and a dict.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -257,6 +258,7 @@ class StepOrder:
             )
         self.steps_per_epoch = len(lengths) // size
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one object per run)
     def of_epoch(self, epoch):
         """The indices of the examples of each step of an epoch: (steps, size)."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from glass.files import first_line, sync_folder
-from glass.parallel import is_shard, local
+from glass.parallel import SHARED, is_shard, local
 
 LARGE = 50e9  # bytes of weights and moments; above, 'auto' writes shards
 TENSOR = "tensor of the shards"  # the key of a placeholder
@@ -33,8 +33,8 @@ def shards_folder(folder, step):
 def is_wanted(setting, way, n_parameters):
     """Whether a run writes shards: as the setting says; 'auto': a shared model that is large."""
     if setting == "auto":
-        return way in ("fsdp", "hsdp") and 12 * n_parameters > LARGE
-    return bool(setting) and way in ("fsdp", "hsdp")
+        return way in SHARED and 12 * n_parameters > LARGE
+    return bool(setting) and way in SHARED
 
 
 def taken_out(value, name, tensors, names):
