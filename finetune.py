@@ -659,7 +659,7 @@ class Reinforce(Instruct):
         G, processes = self.settings.group_size, self.processes
         n = len(prompts) * G
         numbers = range(n)
-        if not parallel.is_shard(model.tok_emb.weight):  # a shared model runs in all or in none
+        if not parallel.is_shared(model):  # else every process draws all of them
             numbers = range(processes.rank, n, processes.size)
         seeds = [train.noise_seed(self.settings.seed, step, number) % 2**63 for number in numbers]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -145,6 +145,14 @@ def exchange(wrapped, way, is_last):
         wrapped.model.set_requires_gradient_sync(is_last)
 
 
+def is_shared(model):
+    """Whether the processes share a model, so that it runs in all of them or in none.
+
+    Its parameters do not tell: those outside of the blocks stay gathered after an evaluation.
+    """
+    return hasattr(model, "unshard")  # FSDP2 gives it that
+
+
 def is_shard(tensor):
     """Whether a tensor is this process's part of a larger one, a DTensor."""
     return hasattr(tensor, "full_tensor")

@@ -232,10 +232,12 @@ def described(figures):
 
 
 def say(text):
-    """Print above the progress bar, if there is one.
+    """Print above the progress bar, if there is one; of several processes, the first alone prints.
 
     If nobody reads any more (a closed pipe, a terminal that is gone), further text is dropped.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        return
     try:
         if bars := sys.modules.get("tqdm"):
             bars.tqdm.write(str(text), file=sys.stdout)

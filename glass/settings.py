@@ -39,7 +39,6 @@ MEANT = {  # what other programs call it: our name
     "output": "out_dir",
     "output_dir": "out_dir",
     "data": "dataset",
-    "no_compile": "compile",
 }
 LONGEST_MESSAGE = 2000  # characters of an error
 ADVICE = {  # what to do about an error of the file system
