@@ -10,23 +10,20 @@ The loop, the checkpoints and the exact resumption are train.py's. Every stage r
 unseen test data, before and after training.
 """
 
-import copy
 import functools
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatch
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-import bpe
 import train
 from glass import checkpoint, parallel, sharded, weights
-from glass.chat import MARKERS, Template, encode_chat, encode_for_class, messages_of
+from glass.chat import Template, encode_chat, encode_for_class, messages_of
 from glass.device import (
     autocast,
     choose_device,
@@ -38,8 +35,8 @@ from glass.files import read_function, write_json
 from glass.generate import answer, padded
 from glass.progress import Progress, described, draw_confusion, say, warned_about
 from glass.records import read_records, spread
-from glass.run import resumed_config, settle
-from glass.settings import errors_in_one_line, read_arguments, with_role
+from glass.run import settle
+from glass.settings import errors_in_one_line, read_arguments
 from glass.stage import (
     Answered,
     Stage,
@@ -51,17 +48,15 @@ from glass.stage import (
     mean_logprobs,
     prompt_of,
 )
-from model import GPT, Free, GPTConfig, Tunable, require
+from glass.tuned import CHOOSABLE, build_model, freeze
+from model import Free, GPTConfig, Tunable, require
 
-LORA = {"lora_rank", "lora_alpha", "lora_targets"}
 SETTINGS_OF_TASK = {  # settings that only one task uses
     "classify": {"balance", "prefix_weight", "lm_weight"},
     "instruct": {"exact_match"},
     "prefer": {"dpo_beta"},
     "reinforce": {"reward", "group_size", "updates_per_sample", "clip", "kl_coef"},
 }
-# the settings of the model that fine-tuning chooses; all others come with the model that is tuned
-CHOOSABLE = with_role(GPTConfig, "tunable") | with_role(GPTConfig, "free") | LORA
 
 
 @dataclass
@@ -583,7 +578,7 @@ class Reinforce(Instruct):
 
     def begin(self, model):
         if self.settings.kl_coef:
-            self.reference_model = copy.deepcopy(model).eval()
+            self.reference_model = parallel.copy_of(model, self.settings, self.processes).eval()
 
     def state(self):
         reference = None
@@ -598,8 +593,11 @@ class Reinforce(Instruct):
         super().restore(model, saved)
         self.sampled, self.differing = saved["sampled"], saved["differing"]
         if saved["reference_model"]:
-            self.reference_model = copy.deepcopy(model).eval()
-            self.reference_model.load_state_dict(saved["reference_model"])
+            self.reference_model = parallel.copy_of(model, self.settings, self.processes).eval()
+            own = self.reference_model.state_dict()
+            self.reference_model.load_state_dict(
+                parallel.shards_like(saved["reference_model"], own)
+            )
 
     def step_rows(self, step):
         """The prompts of a step: a function of the seed, the step and `differing`."""
@@ -742,74 +740,6 @@ class Reinforce(Instruct):
 STAGES = {"classify": Classify, "instruct": Instruct, "prefer": Prefer, "reinforce": Reinforce}
 
 
-# The model: what it starts from, and which of its parameters are trained.
-
-
-def build_model(settings, records, state):
-    """(model, tokenizer): those of the checkpoint's state, or the base with what the stage adds.
-
-    A stage may add LoRA, a classification head, and the tokens of its template. It keeps a head
-    that was trained on the same labels.
-    """
-    s = settings
-    if state:
-        return GPT(resumed_config(state, s)), weights.load_tokenizer(state["tokenizer"])
-    base, tokenizer, base_state = weights.load_model(s.init_from, "best", torch.float32)
-    if s.template == "markers" and s.task != "classify":
-        tokenizer = bpe.with_special_tokens(tokenizer, (*MARKERS.values(), bpe.END))
-    labels = labels_of(records) if s.task == "classify" else None
-    old_labels = base_state["task"].get("labels") if base_state else None
-    keeps_head = labels is not None and old_labels == labels
-    changed = {name: getattr(s, name) for name in CHOOSABLE}
-    changed["n_classes"] = len(labels) if labels else None
-    changed["vocab_size"] = max(base.config.vocab_size, tokenizer.vocab_size)
-    torch.manual_seed(s.seed)
-    model = GPT(replace(base.config, **changed))
-    old = base.state_dict()
-    if not keeps_head:
-        old = {name: tensor for name, tensor in old.items() if not name.startswith("classifier")}
-    for name in ("tok_emb.weight", "head.weight"):  # a new token begins as the mean of all others
-        n_new = changed["vocab_size"] - len(old[name])
-        old[name] = torch.cat([old[name], old[name].mean(0, keepdim=True).expand(n_new, -1)])
-    missing = model.load_state_dict(old, strict=False).missing_keys
-    assert all("lora_" in name or name.startswith("classifier") for name in missing), missing
-    return model, tokenizer
-
-
-def freeze(model, settings):
-    """Freeze every parameter outside of --trainable, and those that match --freeze."""
-    s = settings
-    last_block = f"blocks.{len(model.blocks) - 1}."
-    head = ("head.", "tok_emb.", "final_norm.")  # a tied head goes by the name of tok_emb
-    if s.task == "classify":
-        head = ("classifier.", "final_norm.")
-        if not model.config.tie_weights and not s.lm_weight:
-            model.head.weight.requires_grad_(False)  # class logits come from the classifier
-    prefixes = {
-        "all": ("",),  # every name starts with the empty string
-        "head": head,
-        "last_block": (last_block, *head),
-        "lora": ("classifier.",),
-    }[s.trainable]
-    for name, parameter in model.named_parameters():
-        is_lora = s.trainable == "lora" and ".lora_" in name
-        is_frozen = any(fnmatch(name, pattern) for pattern in s.freeze.split())
-        if is_frozen or not (is_lora or name.startswith(prefixes)):
-            parameter.requires_grad_(False)
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = model.parameter_count()
-    if not n:
-        raise ValueError(
-            f"trainable={s.trainable} freeze={s.freeze!r} leave nothing to train: freeze less"
-        )
-    for pattern in s.freeze.split():
-        if not any(fnmatch(name, pattern) for name, _ in model.named_parameters()):
-            raise ValueError(
-                f"freeze={pattern!r} matches no parameter: see model.named_parameters()"
-            )
-    say(f"{n:,} of {total:,} parameters are trained ({n / total:.1%})")
-
-
 def check_given(given):
     """ValueError for settings that fine-tuning would not follow."""
     architecture = {field.name for field in fields(GPTConfig)} - CHOOSABLE - {"block_size"}
@@ -841,7 +771,7 @@ def check_given(given):
             )
 
 
-def check_processes(settings, way, processes):
+def check_processes(settings, processes):
     """ValueError for what several processes cannot do."""
     s, G = settings, settings.batch_size * settings.gradient_accumulation_steps
     if G % processes.size:
@@ -854,9 +784,6 @@ def check_processes(settings, way, processes):
             f"updates_per_sample={s.updates_per_sample} needs one process, found "
             f"{processes.size}: set it to 1"
         )
-    if way in parallel.SHARED and (s.kl_coef or s.trainable == "lora"):
-        named = f"kl_coef={s.kl_coef}" if s.kl_coef else "trainable=lora"
-        raise ValueError(f"{named} needs a whole model in each process: take --parallel=ddp")
 
 
 def finish(run, context, adapter):
@@ -868,9 +795,9 @@ def finish(run, context, adapter):
     run.processes.wait()  # until the checkpoint is written
     state = checkpoint.load(run.folder, "best", whole=run.processes.size == 1)
     run.load_weights(state)
-    if adapter and is_main:
+    if adapter:
         with warned_about(run.folder / "adapter.safetensors"):
-            weights.save_adapter(model, run.folder / "adapter.safetensors")
+            weights.save_adapter(model, run.folder / "adapter.safetensors", writes=is_main)
     if stage.examples["test"]:
         with parallel.evaluating(run.way, model, run.settings):
             after = stage.test(model, context, run.folder if is_main else None)
@@ -895,17 +822,14 @@ def main(argv):
     processes = join_processes(device, s.backend)
     if device.type == "cpu":
         keep_freed_memory()
-    model, tokenizer = build_model(s, records, state)
+    check_processes(s, processes)
+    model, tokenizer, way = build_model(s, records, state, processes)
     if given.get("block_size", 0) > model.config.block_size:
         raise ValueError(
             f"block_size={s.block_size} but the model that is tuned has "
             f"{model.config.block_size} positions: lower it, or leave it out"
         )
     freeze(model, s)
-    way = parallel.choose_way(s, model.parameter_count(), processes)
-    check_processes(s, way, processes)
-    model = model.to(processes.device)
-    parallel.shard(model, way, processes, choose_dtype(s.dtype, processes.device))
     stage = STAGES[s.task](s, records, model, tokenizer, processes)
     if processes.is_main:
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in stage.examples.items())

@@ -224,7 +224,7 @@ def stage_of(task, *words):
     given = [f"--task={task}", f"--dataset={TASKS[task]}.jsonl", *TINY_TUNE, *words]
     settings = configure(finetune.Settings, given)
     rows = records.read_records(settings)
-    model, tokenizer = finetune.build_model(settings, rows, None)
+    model, tokenizer, _ = finetune.build_model(settings, rows, None, Processes())
     finetune.freeze(model, settings)
     stage = finetune.STAGES[task](settings, rows, model.eval(), tokenizer)
     stage.begin(model)
@@ -1858,24 +1858,26 @@ for number, line in enumerate(open("stages.txt")):
 def test_each_stage_is_the_same_in_two_processes(way, long_base, capsys):
     Path("reward.py").write_text("def reward(prompt, answer):\n    return float(len(answer))\n")
     Path("stages.py").write_text(FOUR_STAGES)
+    lora = ["--trainable=lora", "--lora_rank=2", "--learning_rate=3e-3"]
+    reward = ["--reward=reward.py", "--kl_coef=0.3"]
+    cases = [(task, []) for task in TASKS if task != "reinforce"]
+    cases += [("reinforce", reward), ("classify", lora), ("instruct", lora)]
     lines = []
-    for task, dataset in TASKS.items():
-        more = ["--reward=reward.py"] if task == "reinforce" else []
-        tune(task, capsys, *more, out=f"one-{task}")
+    for i, (task, more) in enumerate(cases):
+        tune(task, capsys, *more, out=f"one-{i}")
         tiny = TINY_STAGE if task == "classify" else TINY_TUNE
-        words = [f"--task={task}", f"--dataset={dataset}.jsonl", *tiny, *more]
-        lines.append(" ".join([*words, f"--out_dir=out/two-{task}"]))
+        words = [f"--task={task}", f"--dataset={TASKS[task]}.jsonl", *tiny, *more]
+        lines.append(" ".join([*words, f"--out_dir=out/two-{i}"]))
     Path("stages.txt").write_text("\n".join(lines))
     done = run_processes(2, "stages.py", f"--parallel={way}")
     assert done.returncode == 0, done.stderr
-    for task in TASKS:
-        one, two = metrics_of(f"out/one-{task}"), metrics_of(f"out/two-{task}")
+    for i, case in enumerate(cases):
+        one, two = metrics_of(f"out/one-{i}"), metrics_of(f"out/two-{i}")
         for a, b in zip(one, two, strict=True):
             for key in {"loss", "grad_norm", "reward", "val_loss"} & a.keys():
-                assert a[key] == pytest.approx(b[key], abs=1e-5), (task, key)
-        figures = [
-            json.loads(Path(f"out/{n}-{task}/test.json").read_text()) for n in ("one", "two")
-        ]
+                assert a[key] == pytest.approx(b[key], abs=1e-5), (case, key)
+        assert ("lora" in "".join(case[1])) == Path(f"out/two-{i}/adapter.safetensors").exists()
+        figures = [json.loads(Path(f"out/{n}-{i}/test.json").read_text()) for n in ("one", "two")]
         for key, value in figures[0]["after"].items():
             assert figures[1]["after"][key] == pytest.approx(value, abs=1e-4)
 
@@ -1906,11 +1908,9 @@ def test_a_model_too_large_for_a_copy_in_each_process_is_shared(monkeypatch, cap
 def test_a_tuning_that_several_processes_cannot_do_is_refused():
     settings = finetune.Settings(task="reinforce", updates_per_sample=2)
     with pytest.raises(ValueError, match="updates_per_sample=2 needs one process, found 2"):
-        finetune.check_processes(settings, "ddp", Processes(0, 2))
+        finetune.check_processes(settings, Processes(0, 2))
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
-        finetune.check_processes(finetune.Settings(), "ddp", Processes(0, 3))
-    with pytest.raises(ValueError, match="needs a whole model in each process"):
-        finetune.check_processes(finetune.Settings(trainable="lora"), "fsdp", Processes(0, 2))
+        finetune.check_processes(finetune.Settings(), Processes(0, 3))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -386,13 +386,7 @@ def build_model(settings, tokenizer, state, processes):
     dtype = choose_dtype(s.dtype, processes.device)
     if state or s.init_from in FRESH:
         config = resumed_config(state, s) if state else model_config(s, tokenizer.vocab_size)
-        way = parallel.choose_way(s, count_parameters(config), processes)
-        if way not in parallel.SHARED:
-            torch.manual_seed(s.seed)
-            return GPT(config).to(processes.device), way
-        model = parallel.empty(config, way, processes, dtype)
-        parallel.fill(model, s.seed)
-        return model, way
+        return parallel.make_model(config, s, processes)
     way = None
 
     def make(config):

@@ -155,7 +155,8 @@ def mark_best(folder, step):
 def load(folder, which="last", whole=True):
     """The state of a checkpoint, a dict, with tensors on the CPU, and the `path` it was read from.
 
-    Without `whole`, tensors that lie in shards stay there: see sharded.filled.
+    Without `whole`, tensors stay in their files until they are used: those of one file are mapped,
+    and for those of shards see sharded.filled.
 
     which: 'last', 'best' or a step. A damaged or renamed file is named on stderr, and the one before
     it is taken instead, at last best.pt; instead of best.pt, the last. Raises FileNotFoundError if
@@ -177,7 +178,7 @@ def load(folder, which="last", whole=True):
             "train one first, or name its folder"
         )
     for path in paths:
-        state, problem = read(path)
+        state, problem = read(path, mapped=not whole)
         if problem is None:
             names = [make(folder, state["step"]).name for make in (checkpoint_path, kept_path)]
             if path.name in (BEST, *names):
@@ -190,15 +191,15 @@ def load(folder, which="last", whole=True):
     raise NoneIsWhole(f"{folder}: no checkpoint is whole ({names}): restore one, or train again")
 
 
-def read(path):
-    """(state, None), or (None, what is wrong with the file).
+def read(path, mapped=False):
+    """(state, None), or (None, what is wrong with the file). mapped: tensors stay in the file.
 
     Raises ValueError for a file of another program or of a newer version of this one.
     """
     if problem := damage(path):
         return None, problem
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # for a bad file, each torch version raises other errors
         return None, first_line(error)
     if isinstance(state, dict) and "shards" in state:

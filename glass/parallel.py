@@ -8,6 +8,7 @@ in a few functions: `whole` gathers a tensor, `shard_like` takes this process's 
 """
 
 import contextlib
+import copy
 import itertools
 import math
 import os
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from glass.device import autocast, choose_dtype, free_memory
 from glass.progress import say
-from model import GPT
+from model import GPT, LoRALinear, count_parameters
 
 BYTES = 16  # of a trained parameter in float32: itself, its gradient and AdamW's two moments
 SHARED = ("fsdp", "hsdp")
@@ -108,6 +109,32 @@ def empty(config, way, processes, dtype):
         model = GPT(config)
     shard(model, way, processes, dtype)
     return model.to_empty(device=processes.device)
+
+
+def make_model(config, settings, processes):
+    """(model, way): fresh weights, drawn from the seed, and how the processes share them.
+
+    A model that is shared out is never whole in a process.
+    """
+    way = choose_way(settings, count_parameters(config), processes)
+    if way not in SHARED:
+        torch.manual_seed(settings.seed)
+        return GPT(config).to(processes.device), way
+    model = empty(config, way, processes, choose_dtype(settings.dtype, processes.device))
+    fill(model, settings.seed)
+    return model, way
+
+
+def copy_of(model, settings, processes):
+    """A copy of a model, shared out as the model is."""
+    if not is_shared(model):
+        return copy.deepcopy(model)
+    state = model.state_dict()
+    way = "hsdp" if state["final_norm.weight"].device_mesh.ndim == 2 else "fsdp"
+    dtype = choose_dtype(settings.dtype, processes.device)
+    twin = empty(model.config, way, processes, dtype)
+    twin.load_state_dict(state)
+    return twin
 
 
 def evaluating(way, model, settings):
@@ -206,15 +233,29 @@ def shards_like(tensors, like):
     return {name: shard_like(tensor, like.get(name)) for name, tensor in tensors.items()}
 
 
+@torch.no_grad()
 def fill(model, seed):
     """Give a model of empty shards the weights that GPT(config) has after torch.manual_seed(seed)."""
     torch.manual_seed(seed)
-    for module in model.modules():  # constructors draw as well, and what they draw is replaced
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
-        elif isinstance(module, torch.nn.Embedding):
-            torch.nn.Embedding(module.num_embeddings, module.embedding_dim)
+    for module in model.modules():
+        for name, tensor in constructed(module).items():  # one whole module is in memory at a time
+            own = getattr(module, name)
+            own.copy_(shard_like(tensor, own))
     model.init_weights(draw_normal)
+
+
+def constructed(module):
+    """What the constructor of a module with weights of its own draws: a dict of tensors by name."""
+    if isinstance(module, LoRALinear):
+        rank, has_bias = len(module.lora_a), module.bias is not None
+        made = LoRALinear(module.in_features, module.out_features, has_bias, rank, alpha=1.0)
+    elif isinstance(module, torch.nn.Linear):
+        made = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    elif isinstance(module, torch.nn.Embedding):
+        made = torch.nn.Embedding(module.num_embeddings, module.embedding_dim)
+    else:
+        return {}
+    return {name: tensor.detach() for name, tensor in made.named_parameters()}
 
 
 def draw_normal(parameter, std):

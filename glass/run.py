@@ -251,7 +251,7 @@ class Run:
             "model_config": asdict(self.model.config),
             "tokenizer": self.task.tokenizer.to_dict(),
             "data": self.task.data_sha256,
-            "task": self.task.state(),
+            "task": whole(self.task.state(), kept=self.processes.is_main),
         }
 
     def keep_weights(self):

@@ -167,9 +167,9 @@ def damage(folder, about):
 def filled(state, like=None):
     """The state of a checkpoint with its tensors, if they lie in shards.
 
-    like: for tensors that this process shall hold a part of only, a DTensor by name, such as
-    "model.head.weight" or "optimizer.0.state.3.exp_avg"; all processes call it then. Others are
-    read whole.
+    like: for tensors that this process shall hold a part of only, a DTensor of the same shape by
+    name, such as "model.head.weight" or "optimizer.0.state.3.exp_avg"; all processes call it then.
+    Others are read whole.
     """
     if "shards" not in state:
         return state
@@ -179,7 +179,7 @@ def filled(state, like=None):
     for each in placeholders({key: state[key] for key in state if key != "shards"}):
         name, dtype = each[TENSOR], getattr(torch, each["dtype"])
         template = like.get(name)
-        if template is not None and is_shard(template):
+        if is_shard(template) and list(template.shape) == each["shape"]:
             tensors[name] = torch.empty_like(template, dtype=dtype)
         else:
             tensors[name] = torch.empty(each["shape"], dtype=dtype)

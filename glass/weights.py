@@ -21,15 +21,16 @@ import tempfile
 import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import bpe
-from glass import checkpoint
+from glass import checkpoint, sharded
 from glass.device import choose_device, choose_dtype
 from glass.files import first_line, reading, replacing
 from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
-from glass.parallel import shard_like
+from glass.parallel import is_shard, shard_like, whole
 from glass.settings import check_type
 from model import GPT, GPTConfig
 
@@ -187,6 +188,38 @@ def load_run(folder, which="best"):
     model.load_state_dict(state["model"])
     model.merge_lora()
     return model, load_tokenizer(state["tokenizer"]), state
+
+
+class Base(NamedTuple):
+    """A model to go on from, of which nothing is in memory yet."""
+
+    config: GPTConfig
+    tokenizer: object
+    state: dict | None  # of its checkpoint
+    tensors: typing.Callable  # tensors(own) yields (name, tensor); own: parameters, maybe shards
+
+
+def open_model(name_or_folder):
+    """The Base in a run's folder, its best checkpoint, or in a folder of published weights.
+
+    A model with LoRA is merged, and thus whole in memory.
+    """
+    if not checkpoint.checkpoint_files(name_or_folder):
+        folder = find_folder(name_or_folder)
+        config, parts = open_published(folder)
+        return Base(config, load_tokenizer(folder), None, lambda own: parts())
+    state = checkpoint.load(name_or_folder, "best", whole=False)
+    config, tokenizer = GPTConfig(**state["model_config"]), load_tokenizer(state["tokenizer"])
+    if config.lora_rank is not None:
+        model = load_run(name_or_folder)[0]
+        return Base(model.config, tokenizer, state, lambda own: model.state_dict().items())
+    stored = {key: state[key] for key in ("model", "shards", "path") if key in state}
+
+    def tensors(own):
+        like = {f"model.{name}": tensor for name, tensor in own.items() if is_shard(tensor)}
+        return sharded.filled(stored, like)["model"].items()
+
+    return Base(config, tokenizer, state, tensors)
 
 
 def find_folder(name_or_folder):
@@ -460,6 +493,39 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", make=None, **overr
     Raises ValueError for anything that does not fit.
     """
     folder = find_folder(name_or_folder)
+    config, parts = open_published(folder)
+    check_overrides(folder, config, overrides)
+    device = choose_device(str(device))
+    dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    if "dropout" in overrides:
+        overrides.setdefault("attn_dropout", None)  # then derived from dropout
+    config = replace(config, **overrides)
+    model = make(config) if make else None
+    own, state = model.state_dict() if model else {}, {}
+    for name, part in parts():
+        part = part[: config.block_size] if name == "pos_emb.weight" else part
+        if model:
+            own[name].copy_(shard_like(part, own[name]))
+            continue
+        dtype = part.dtype if dtype is None else dtype
+        state[name] = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    if model:
+        return model
+    with torch.device("meta"):
+        model = GPT(config)
+    if config.tie_weights:
+        state["head.weight"] = state["tok_emb.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tie_weights:  # assign=True makes two parameters of one tensor
+        model.head.weight = model.tok_emb.weight
+    return model
+
+
+def open_published(folder):
+    """(config, parts): parts() yields (name of a parameter, tensor as it is in its mapped file).
+
+    Raises ValueError for anything that does not fit.
+    """
     if checkpoint.checkpoint_files(folder):
         raise ValueError(
             f"{folder} is a run's folder, and published weights are needed: go on with "
@@ -474,46 +540,24 @@ def load_pretrained(name_or_folder, dtype=None, device="cpu", make=None, **overr
             f"{folder / CONFIG} says {config.n_layer} layers but the files hold only "
             f"{len(tensor_files(folder))} tensors: download both again"
         )
-    check_overrides(folder, config, overrides)
     with torch.device("meta"):
         state = GPT(config).state_dict()
     plan = plan_tensors(folder, layout, config, state)
-    device = choose_device(str(device))
-    dtype = choose_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    if "dropout" in overrides:
-        overrides.setdefault("attn_dropout", None)  # then derived from dropout
-    config = replace(config, **overrides)
-    model = make(config) if make else None
-    own = model.state_dict() if model else {}
-    for theirs, ours, is_transposed, path in plan:
-        tensor = read_tensor(path, theirs)
-        needed = as_stored([state[name] for name in ours], is_transposed)
-        shape = tuple(needed.shape)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{theirs} in {folder} has shape {tuple(tensor.shape)} but {CONFIG} asks for "
-                f"{shape}: download both again"
-            )
-        dtype = tensor.dtype if dtype is None else dtype
-        parts = (tensor.T if is_transposed else tensor).chunk(len(ours))
-        for name, part in zip(ours, parts, strict=True):
-            part = part[: config.block_size] if name == "pos_emb.weight" else part
-            options = dict(copy=True, memory_format=torch.contiguous_format)
-            if model:
-                own[name].copy_(shard_like(part, own[name]))
-            else:
-                state[name] = part.to(device, dtype, **options)
-        del tensor, part, parts  # unmaps the file before the next tensor
-    if model:
-        return model
-    with torch.device("meta"):
-        model = GPT(config)
-    if config.tie_weights:
-        state["head.weight"] = state["tok_emb.weight"]
-    model.load_state_dict(state, assign=True)
-    if config.tie_weights:  # assign=True makes two parameters of one tensor
-        model.head.weight = model.tok_emb.weight
-    return model
+
+    def parts():
+        for theirs, ours, is_transposed, path in plan:
+            tensor = read_tensor(path, theirs)
+            shape = tuple(as_stored([state[name] for name in ours], is_transposed).shape)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{theirs} in {folder} has shape {tuple(tensor.shape)} but {CONFIG} asks for "
+                    f"{shape}: download both again"
+                )
+            pieces = (tensor.T if is_transposed else tensor).chunk(len(ours))
+            yield from zip(ours, pieces, strict=True)
+            del tensor, pieces  # unmaps the file before the next tensor
+
+    return config, parts
 
 
 def read_tensor(path, name):
@@ -657,15 +701,21 @@ def published_stop_ids(tokenizer):
     return getattr(tokenizer, "stop_ids", None) or ours
 
 
-def save_adapter(model, path):
-    """Write only the LoRA matrices, and what merging needs to know, as safetensors of a few MB."""
+def save_adapter(model, path, writes=True):
+    """Write only the LoRA matrices, and what merging needs to know, as safetensors of a few MB.
+
+    All processes that share a model call it, and one of them writes.
+    """
     import safetensors.torch
 
     lora = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    lora, base_sha256 = whole(lora, kept=writes), blocks_sha256(model)
+    if not writes:
+        return
     tensors = {name: tensor.contiguous() for name, tensor in lora.items()}
     names = ("lora_rank", "lora_alpha", "lora_targets")
     config = {name: getattr(model.config, name) for name in names}
-    config["base_sha256"] = blocks_sha256(model)
+    config["base_sha256"] = base_sha256
     with replacing(path) as partial:
         safetensors.torch.save_file(
             tensors, partial, metadata={"format": "pt", "lora": json.dumps(config)}
@@ -677,7 +727,7 @@ def blocks_sha256(model):
     digest = hashlib.sha256()
     for name, tensor in model.blocks.state_dict().items():
         if ".lora_" not in name:
-            digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
+            digest.update(whole(tensor.detach()).float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
