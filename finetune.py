@@ -820,10 +820,10 @@ def main(argv):
             "restore both, or start a new run"
         )
     processes = join_processes(device, s.backend)
-    if device.type == "cpu":
-        keep_freed_memory()
     check_processes(s, processes)
     model, tokenizer, way = build_model(s, records, state, processes)
+    if device.type == "cpu":
+        keep_freed_memory(way not in parallel.SHARED)
     if given.get("block_size", 0) > model.config.block_size:
         raise ValueError(
             f"block_size={s.block_size} but the model that is tuned has "

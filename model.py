@@ -737,7 +737,8 @@ class GPT(nn.Module):
         idx (B, T) int64; targets (B, T), already shifted: targets[b, t] follows idx[b, t], and -100
         is not scored. Without targets, loss is None. With targets and loss_chunk, logits is None.
         """
-        x = self.hidden(idx, cache)  # (B, T, C)
+        # not self.hidden, which gathers a shared model anew, for calls from outside
+        x = type(self).hidden(self, idx, cache)  # (B, T, C)
         if targets is None:
             return self.head(x).float(), None
         total, logits = self.cross_entropy(self.head, x.flatten(0, 1), targets.flatten())

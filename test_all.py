@@ -1845,6 +1845,67 @@ def test_muon_on_shards_is_muon_on_the_whole_matrix(in_tmp_path):
     assert done.returncode == 0 and done.stdout.count("equal") == 3, done.stderr
 
 
+COUNT_BYTES = """
+import torch, torch.distributed as dist
+from bench import plan
+from glass import parallel
+from glass.device import autocast, choose_dtype, join_processes
+from model import GPTConfig
+from train import Settings
+processes, sent = join_processes(torch.device("cpu")), []
+
+def counted(function, place, share):
+    def call(*args, **more):
+        n = dist.get_world_size(more.get("group"))
+        tensors = [each for each in (*args, *more.values()) if isinstance(each, torch.Tensor)]
+        sent.append(share(n) * tensors[place].nbytes)
+        return function(*args, **more)
+    return call
+
+def by_ring(n):
+    return (n - 1) / n
+
+reduce = counted(dist.all_reduce, 0, lambda n: 2 * by_ring(n))
+dist.all_reduce = reduce
+for names, place in (("all_gather_single all_gather_into_tensor", 0), ("reduce_scatter_single reduce_scatter_tensor", 1)):
+    for name in names.split():
+        if hasattr(dist, name):
+            setattr(dist, name, counted(getattr(dist, name), place, by_ring))
+            break  # FSDP2 calls the newer one
+
+def average(_, bucket):  # what DDP does by itself, out of sight
+    work = reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0] / processes.size)
+
+config = GPTConfig(n_layer=3, n_embd=32, n_head=4, vocab_size=96, block_size=16, tie_weights=True)
+idx = torch.zeros(2, 16, dtype=torch.long)
+for way, n_shards in (("ddp", 1), ("fsdp", 4), ("hsdp", 2)):
+    for dtype, accumulation in (("float32", 3), ("bfloat16", 1)):
+        model, _ = parallel.make_model(config, Settings(parallel=way, dtype=dtype), processes)
+        wrapped = parallel.wrap(model, way)
+        if way == "ddp":
+            wrapped.register_comm_hook(None, average)
+        for step in range(2):
+            sent.clear()
+            for i in range(accumulation):
+                parallel.exchange(wrapped, way, is_last=i == accumulation - 1)
+                with autocast(processes.device, choose_dtype(dtype, processes.device)):
+                    loss = wrapped(lambda model, rows: model(rows, rows)[1], idx)
+                loss.backward()
+        size = 2 if dtype == "bfloat16" else 4
+        planned = plan.bytes_sent(config, way, n_shards, 4 // n_shards, accumulation, size)
+        assert sum(sent) == planned > 0, (way, dtype, sum(sent), planned)
+processes.leave()
+print("equal", flush=True)
+"""
+
+
+def test_the_plan_knows_the_bytes_that_a_step_sends(in_tmp_path):
+    Path("count_bytes.py").write_text(COUNT_BYTES)
+    done = run_processes(4, "count_bytes.py")
+    assert done.returncode == 0 and done.stdout.count("equal") == 4, done.stderr
+
+
 FOUR_STAGES = """
 import os, sys
 import finetune

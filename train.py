@@ -550,9 +550,9 @@ def main(argv):
     if settings.init_from in FRESH and not state:
         check_memory(settings, dataset.tokenizer.vocab_size, device)
     processes = join_processes(device, settings.backend)
-    if device.type == "cpu":
-        keep_freed_memory()
     model, way = build_model(settings, dataset.tokenizer, state, processes)
+    if device.type == "cpu":
+        keep_freed_memory(way not in parallel.SHARED)
     if settings.init_from not in FRESH and not state:
         settings, chosen = with_model(settings, chosen, model.config, options)
     task = Pretraining(settings, dataset, processes.device)

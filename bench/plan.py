@@ -101,10 +101,10 @@ def state_memory(config, n_shards, muon=False):
 def gathered_memory(config, itemsize):
     """Bytes that FSDP gathers at once: what is outside of the blocks, and two blocks.
 
-    The gradients of one group are whole too, until they are sent.
+    The gradients of one group are whole too, and once more in float32 in the buffer that is sent.
     """
     outside, block = group_sizes(config)
-    return itemsize * (outside + 2 * block) + itemsize * max(outside, block)
+    return itemsize * (outside + 2 * block) + (itemsize + 4) * max(outside, block)
 
 
 def activation_memory(config, B, T, itemsize, recompute):

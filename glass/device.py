@@ -93,15 +93,21 @@ def free_memory(device):
         return None
 
 
-def keep_freed_memory():
+def keep_freed_memory(kept=True):
     """Tell glibc to keep freed memory: handing pages back costs a third of a step on a CPU.
 
-    Sets M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3). Does nothing with another C library.
+    Or to hand all of it back, where a model is shared because memory is short: what FSDP gathers
+    and drops, in pieces of many sizes, otherwise leaves gaps that double a process.
+    Sets M_TRIM_THRESHOLD and M_MMAP_MAX, or M_MMAP_THRESHOLD, of mallopt(3). Does nothing with
+    another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)
-        mallopt(-4, 0)
+        if kept:
+            mallopt(-1, -1)
+            mallopt(-4, 0)
+        else:
+            mallopt(-3, 1 << 16)
     except (OSError, AttributeError, TypeError):  # TypeError: Windows cannot open None
         pass
 
