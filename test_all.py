@@ -1867,11 +1867,10 @@ def by_ring(n):
 
 reduce = counted(dist.all_reduce, 0, lambda n: 2 * by_ring(n))
 dist.all_reduce = reduce
-for names, place in (("all_gather_single all_gather_into_tensor", 0), ("reduce_scatter_single reduce_scatter_tensor", 1)):
-    for name in names.split():
-        if hasattr(dist, name):
-            setattr(dist, name, counted(getattr(dist, name), place, by_ring))
-            break  # FSDP2 calls the newer one
+gathers, scatters = "all_gather_single all_gather_into_tensor", "reduce_scatter_single reduce_scatter_tensor"
+for names, place in ((gathers, 0), (scatters, 1)):
+    name = next(name for name in names.split() if hasattr(dist, name))  # FSDP2 calls the newer one
+    setattr(dist, name, counted(getattr(dist, name), place, by_ring))
 
 def average(_, bucket):  # what DDP does by itself, out of sight
     work = reduce(bucket.buffer(), async_op=True)
@@ -7592,36 +7591,72 @@ def test_names_of_published_models_lead_to_the_hub_or_to_one_clear_line(monkeypa
     assert asked == ["meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-135M"]
 
 
+ROPE = dict(norm="rmsnorm", mlp="swiglu", pos="rope")
+WAYS_OUT = {
+    "Qwen2ForCausalLM": [ROPE | dict(qkv_bias=True, o_bias=False, n_kv_head=2)],
+    "Qwen3ForCausalLM": [ROPE | dict(qk_norm=True, n_kv_head=2, tie_weights=False)],
+    "GlassGPTForCausalLM": [
+        dict(mlp="gelu_exact", pos="rope", qk_norm=True, smear=True, embed_skip=True),
+        ROPE
+        | dict(
+            norm="layernorm", tie_weights=False, rope_scaling=PRESETS["llama3.1-8b"].rope_scaling
+        ),
+        dict(mlp="relu2", smear=True, bias=True, n_kv_head=1),
+        dict(n_layer=0),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(kind, each) for kind, all_ in WAYS_OUT.items() for each in all_]
+)
+def test_a_model_of_any_parts_has_a_way_out(kind, settings, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    monkeypatch.setattr(
+        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    shape = dict(vocab_size=97, block_size=48, n_layer=2, n_head=4, n_embd=32)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape | settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "folder")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "folder", trust_remote_code=True
+    ).eval()
+    assert type(theirs).__name__ == kind
+    idx = torch.randint(1, 97, (2, 20))
+    with torch.no_grad():
+        expected = model(idx, idx)[0]
+        found = theirs(idx, labels=idx)
+        assert (found.logits - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert found.loss == pytest.approx(model(idx[:, :-1], idx[:, 1:])[1].item(), abs=1e-4)
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = model.generate(idx, 12, temperature=0)
+    assert torch.equal(theirs.generate(idx, **options), expected)
+    assert torch.equal(theirs.generate(idx, **options, use_cache=False), expected)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), idx[:1, :15]], dim=1)  # on the left
+    padded, mask = torch.cat([padded, idx[1:]]), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    made = theirs.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(made[0, 5:], model.generate(idx[:1, :15], 12, temperature=0)[0])
+    assert torch.equal(made[1], expected[1])
+    beams = dict(num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    without = theirs.generate(idx, **beams, use_cache=False)
+    assert torch.equal(theirs.generate(idx, **beams), without)
+    if kind != "Qwen3ForCausalLM":
+        again = GPT.from_pretrained(tmp_path / "folder")
+        assert torch.equal(again(idx)[0], model(idx)[0])
+
+
 def test_exports_name_what_they_cannot_express_and_never_overwrite_other_work(
     tmp_path, monkeypatch
 ):
     shape = dict(vocab_size=97, block_size=32, n_layer=1, n_head=4, n_embd=32)
-    rope = dict(norm="rmsnorm", mlp="swiglu", pos="rope")
-    refused = [
-        dict(qk_norm=True),
-        dict(n_kv_head=2),
-        dict(norm="rmsnorm"),
-        dict(mlp="swiglu"),
-        dict(head_dim=16),
-    ]
-    refused += [
-        rope | wrong
-        for wrong in (
-            dict(mlp="gelu"),
-            dict(norm="layernorm"),
-            dict(o_bias=True),
-            dict(qk_norm=True),
-        )
-    ]
-    for settings in refused:
-        name = (
-            list(settings)[-1]
-            if "o_bias" in settings or "qk_norm" in settings
-            else next(reversed(settings))
-        )
-        name = {"pos": "mlp" if settings.get("mlp") == "gelu" else "norm"}.get(name, name)
-        with pytest.raises(ValueError, match=f"{name}="):
-            GPT(GPTConfig(**shape, **settings)).save_pretrained(tmp_path / "out")
+    for name, value in (("n_classes", 2), ("lora_rank", 3)):
+        with pytest.raises(ValueError, match=f"{name}={value}.* cannot be exported"):
+            GPT(GPTConfig(**shape, **{name: value})).save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
     model = GPT(GPTConfig(**shape))

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from glass import kernels
 from model import Attention, draw
 
 # Drawing the next token.
@@ -268,10 +269,13 @@ class RowLinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias  # (N, K), (N,)
+        self.wide_bias = None if linear.bias is None else linear.bias.detach().float()
         is_cpu = linear.weight.device.type == "cpu"
         self.converts = is_cpu and not torch.cpu._is_avx512_bf16_supported()
 
     def forward(self, x):
+        if kernels.can_multiply(x):
+            return kernels.multiply_rows(self.weight, x, self.wide_bias)
         N, K = self.weight.shape
         is_row = x.numel() == K and x.device.type == "cpu"
         if is_row and torch.compiler.is_compiling():
@@ -321,8 +325,12 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", rounded.to(torch.int8))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.wide_scale = scale.float()
+        self.wide_bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x):
+        if kernels.can_multiply(x):
+            return kernels.multiply_rows(self.weight, x, self.wide_bias, self.wide_scale)
         N, K = self.weight.shape
         if x.device.type != "cpu":
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
@@ -361,6 +369,16 @@ class JoinedAttention(Attention):
             self.qkv_proj.bias = nn.Parameter(torch.cat([part.bias for part in parts]))
         self.o_proj, self.prepare, self.attend = attn.o_proj, attn.prepare, attn.attend
         self.attn_dropout, self.o_dropout = attn.attn_dropout, attn.o_dropout
+
+    def forward(self, x, positions, rotation, mask, cache=None):
+        B, T, _ = x.shape
+        if cache is None or T > 1 or not kernels.can_multiply(x):
+            return super().forward(x, positions, rotation, mask, cache)
+        q, k, v = self.queries_keys_values(x, rotation)
+        lengths = positions.expand(B, 1)[:, 0] + 1
+        k, v = cache.append(self.layer, k, v, positions)  # (B, Hkv, S, D)
+        y = kernels.attend(q, k, v, lengths)  # (B, H, 1, D)
+        return self.o_proj(y.view(B, 1, -1))
 
     def project(self, x):
         """(q, k, v) of x (B, T, C): (B, T, H, D), and twice (B, T, Hkv, D)."""

@@ -5,21 +5,22 @@
     model.save_pretrained("out/export", tokenizer)       # a folder that transformers loads
 
 A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json
-names. GPT-2's kind is GPT2LMHeadModel; Llama's is LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama
-...). Anything else is refused by name, so a model that loads computes what the published one does.
-Hugging Face's names occur only in the tables on top.
+names. The kinds are in layouts.py: GPT2LMHeadModel, LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama
+...), Qwen2ForCausalLM, and our own. Anything else is refused by name, so a model that loads computes
+what the published one does.
 """
 
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import tempfile
-import typing
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +31,17 @@ from glass import checkpoint, sharded
 from glass.device import choose_device, choose_dtype
 from glass.files import first_line, reading, replacing
 from glass.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer, tokenizer_files
+from glass.layouts import (
+    CONFIG,
+    GPT2,
+    OWN,
+    QWEN3,
+    published_config,
+    read_config,
+    read_json,
+    tensor_names,
+)
 from glass.parallel import is_shard, shard_like, whole
-from glass.settings import check_type
 from model import GPT, GPTConfig
 
 HUB = {  # where the presets of model.py are published
@@ -46,8 +56,10 @@ HUB = {  # where the presets of model.py are published
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama3.2-3b": "meta-llama/Llama-3.2-3B",
 }
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GENERATION = "generation_config.json"
+HERE = Path(__file__).parent
+CODE = (HERE / "modeling_glassgpt.py", HERE.parent / "model.py")  # of a model of our own kind
 DOWNLOADED = [
     CONFIG,
     INDEX,
@@ -59,107 +71,6 @@ DOWNLOADED = [
 ]
 
 
-@dataclass
-class Layout:
-    """How Hugging Face writes one architecture. In module names, * is the number of the block."""
-
-    architecture: str
-    model_type: str
-    prefix: str  # of every tensor but the head's; files of the bare model lack it
-    modules: dict  # their module: ours; if it names several of ours, theirs joins them
-    # their key: (our setting, its value if config.json has none); ... means the key is required
-    settings: dict
-    # their key: the values that we compute, the default first; None means no such key, or null
-    supported: dict
-    transposed: tuple = ()  # modules whose weight is stored (in, out)
-    ignored: str = r"$^"  # tensors that hold no weights
-
-
-GPT2 = Layout(
-    architecture="GPT2LMHeadModel",
-    model_type="gpt2",
-    prefix="transformer.",
-    modules={
-        "wte": "tok_emb",
-        "wpe": "pos_emb",
-        "h.*.ln_1": "blocks.*.attn_norm",
-        "h.*.attn.c_attn": "blocks.*.attn.q_proj blocks.*.attn.k_proj blocks.*.attn.v_proj",
-        "h.*.attn.c_proj": "blocks.*.attn.o_proj",
-        "h.*.ln_2": "blocks.*.mlp_norm",
-        "h.*.mlp.c_fc": "blocks.*.mlp.up_proj",
-        "h.*.mlp.c_proj": "blocks.*.mlp.down_proj",
-        "ln_f": "final_norm",
-        "lm_head": "head",
-    },
-    settings={
-        "vocab_size": ("vocab_size", ...),
-        "n_positions": ("block_size", 1024),
-        "n_embd": ("n_embd", ...),
-        "n_layer": ("n_layer", ...),
-        "n_head": ("n_head", ...),
-        "n_inner": ("n_inner", None),
-        "layer_norm_epsilon": ("norm_eps", 1e-5),
-        "tie_word_embeddings": ("tie_weights", True),
-    },
-    supported={
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu2"),
-        "scale_attn_weights": (True, None),
-        "scale_attn_by_inverse_layer_idx": (False, None),
-        "add_cross_attention": (False, None),
-        "quantization_config": (None,),
-    },
-    transposed=("c_attn", "c_proj", "c_fc"),
-    ignored=r"h\.\d+\.attn\.(bias|masked_bias)$",  # the causal mask
-)
-
-LLAMA = Layout(
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    prefix="model.",
-    modules={
-        "embed_tokens": "tok_emb",
-        "layers.*.input_layernorm": "blocks.*.attn_norm",
-        "layers.*.self_attn.q_proj": "blocks.*.attn.q_proj",
-        "layers.*.self_attn.k_proj": "blocks.*.attn.k_proj",
-        "layers.*.self_attn.v_proj": "blocks.*.attn.v_proj",
-        "layers.*.self_attn.o_proj": "blocks.*.attn.o_proj",
-        "layers.*.post_attention_layernorm": "blocks.*.mlp_norm",
-        "layers.*.mlp.gate_proj": "blocks.*.mlp.gate_proj",
-        "layers.*.mlp.up_proj": "blocks.*.mlp.up_proj",
-        "layers.*.mlp.down_proj": "blocks.*.mlp.down_proj",
-        "norm": "final_norm",
-        "lm_head": "head",
-    },
-    settings={
-        "vocab_size": ("vocab_size", ...),
-        "max_position_embeddings": ("block_size", 2048),
-        "hidden_size": ("n_embd", ...),
-        "num_hidden_layers": ("n_layer", ...),
-        "num_attention_heads": ("n_head", ...),
-        "num_key_value_heads": ("n_kv_head", None),
-        "head_dim": ("head_dim", None),
-        "intermediate_size": ("n_inner", ...),
-        "rms_norm_eps": ("norm_eps", 1e-6),
-        "mlp_bias": ("bias", False),
-        "attention_bias": ("qkv_bias", False),
-        "tie_word_embeddings": ("tie_weights", False),
-    },
-    supported={
-        "hidden_act": ("silu", "swish", None),
-        "sliding_window": (None,),
-        "quantization_config": (None,),
-    },
-    ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",
-)
-LAYOUTS = (GPT2, LLAMA)
-# the architecture of a config.json that names none
-BY_TYPE = {layout.model_type: layout.architecture for layout in LAYOUTS}
-LLAMA3_SCALING = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 # The weights mean something else under other values of these settings, so a loaded model keeps
 # them.
 ARCHITECTURE = set(
@@ -196,7 +107,7 @@ class Base(NamedTuple):
     config: GPTConfig
     tokenizer: object
     state: dict | None  # of its checkpoint
-    tensors: typing.Callable  # tensors(own) yields (name, tensor); own: parameters, maybe shards
+    tensors: Callable  # tensors(own) yields (name, tensor); own: parameters, maybe shards
 
 
 def open_model(name_or_folder):
@@ -261,100 +172,6 @@ def find_folder(name_or_folder):
         ) from error
 
 
-def read_json(path, default=None):
-    """The content of a JSON file, or `default` if there is no such file.
-
-    Raises ValueError if the file is not JSON.
-    """
-    if not path.is_file():
-        return default
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is {content!r:.40}, needed is an object: download it again")
-    return content
-
-
-def layout_of(path, found):
-    """The Layout for the content of a config.json, `found`.
-
-    Raises ValueError for an architecture that we do not compute.
-    """
-    architectures = found.get("architectures") or []
-    names = architectures or [BY_TYPE.get(found.get("model_type"))]
-    for layout in LAYOUTS:
-        if layout.architecture in names:
-            return layout
-    if "out_dir" in found:
-        raise ValueError(
-            f"{path.parent} is a run without a checkpoint: train it first, or name another folder"
-        )
-    raise ValueError(
-        f"{path} says architectures={architectures} model_type={found.get('model_type')!r}, "
-        f"but only {' and '.join(layout.architecture for layout in LAYOUTS)} can be computed: "
-        "choose such a model"
-    )
-
-
-def read_config(folder):
-    """(layout, config): the Layout of a folder, and the GPTConfig of its config.json.
-
-    Raises ValueError for a model that we do not compute.
-    """
-    path = folder / CONFIG
-    found = read_json(path)
-    if found is None:
-        raise ValueError(
-            f"{folder} has no {CONFIG}: "
-            "give the folder of a published model, as Hugging Face stores it"
-        )
-    layout = layout_of(path, found)
-    for key, values in layout.supported.items():
-        if found.get(key, values[0]) not in values:
-            raise ValueError(
-                f"{path} says {key}={found[key]!r} but only {values} can be computed: "
-                "choose another model"
-            )
-    required = [key for key, (_, default) in layout.settings.items() if default is ...]
-    if missing := [key for key in required if found.get(key) is None]:
-        raise ValueError(f"{path} lacks {' '.join(missing)}: download it again")
-    settings, types_of = {}, typing.get_type_hints(GPTConfig)
-    for key, (ours, default) in layout.settings.items():
-        value = default if found.get(key) is None else found[key]
-        settings[ours] = check_type(f"{path}: {key}", value, types_of[ours])
-    if layout is GPT2:
-        mlp = {"relu2": "relu2", "gelu": "gelu_exact"}.get(found.get("activation_function"), "gelu")
-        return layout, GPTConfig(**settings, bias=True, mlp=mlp, norm="layernorm", pos="learned")
-    theta, scaling = read_rope(path, found)
-    parts = dict(mlp="swiglu", norm="rmsnorm", pos="rope", rope_theta=theta, rope_scaling=scaling)
-    return layout, GPTConfig(**settings, o_bias=settings["qkv_bias"], **parts)
-
-
-def read_rope(path, found):
-    """(rope_theta, rope_scaling), from the new key rope_parameters or from the two older keys.
-
-    Raises ValueError for a kind of scaling that we do not compute.
-    """
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(
-            f"{path} says rope_type={rope_type!r} in {rope}, "
-            "but only 'default' and 'llama3', over whole heads, can be computed: "
-            "choose another model"
-        )
-    theta = float(rope.get("rope_theta") or found.get("rope_theta") or 10000.0)
-    if rope_type == "default":
-        return theta, None
-    if missing := [key for key in LLAMA3_SCALING if key not in rope]:
-        raise ValueError(
-            f"{path} lacks {' '.join(missing)}, which rope_type='llama3' needs: download it again"
-        )
-    return theta, {key: rope[key] for key in LLAMA3_SCALING}
-
-
 def tensor_files(folder):
     """A dict from the name of each tensor to the file that holds it.
 
@@ -401,24 +218,6 @@ def index_paths(folder, index):
     return [folder / name for name in sorted(names)]
 
 
-def tensor_names(layout, state, prefix):
-    """Yield (their name, our names, is_transposed) for each tensor of a model.
-
-    state: the model's state_dict.
-    """
-    n_layer = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    for theirs, ours in layout.modules.items():
-        is_transposed = theirs.split(".")[-1] in layout.transposed
-        full = theirs if theirs == "lm_head" else prefix + theirs
-        layers = range(n_layer) if "*" in theirs else [0]
-        for layer in layers:
-            for leaf in ("weight", "bias"):
-                names = [f"{name}.{leaf}".replace("*", str(layer)) for name in ours.split()]
-                if names[0] in state:
-                    name = f"{full}.{leaf}".replace("*", str(layer))
-                    yield name, names, leaf == "weight" and is_transposed
-
-
 def as_stored(tensors, is_transposed):
     """Our tensors as one of their file: joined by rows (out, in), or transposed to (in, out)."""
     tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -452,7 +251,8 @@ def plan_tensors(folder, layout, config, state):
     files = tensor_files(folder)
     has_prefix = any(name.startswith(layout.prefix) for name in files)
     names = list(tensor_names(layout, state, layout.prefix if has_prefix else ""))
-    embedding, head = names[0][0], "lm_head.weight"
+    named = {ours[0]: theirs for theirs, ours, _ in names}
+    embedding, head = named["tok_emb.weight"], named["head.weight"]
     stored_as = {}  # the name in the file, if it is another
     if config.tie_weights:
         names = [entry for entry in names if entry[0] != head]
@@ -568,51 +368,6 @@ def read_tensor(path, name):
         return file.get_tensor(name)
 
 
-def published_config(config):
-    """(layout, config): the Layout that computes the same as a GPTConfig, and its config.json.
-
-    Raises ValueError, by name, for settings that the published class cannot express.
-    """
-    layout = LLAMA if config.pos == "rope" else GPT2
-    needed = {
-        "qk_norm": False,
-        "smear": False,
-        "embed_skip": False,
-        "lora_rank": None,
-        "n_classes": None,
-    }
-    if layout is LLAMA:
-        needed |= {"norm": "rmsnorm", "mlp": "swiglu", "o_bias": config.qkv_bias}
-    else:
-        head_dim = config.n_embd / config.n_head
-        needed |= {"norm": "layernorm", "n_kv_head": config.n_head, "head_dim": head_dim}
-        needed["mlp"] = "gelu" if config.mlp == "swiglu" else config.mlp
-    wrong = []
-    for name, value in needed.items():
-        if getattr(config, name) != value:
-            wrong.append(f"{name}={getattr(config, name)}")
-    if layout is LLAMA and config.n_embd % config.n_head:
-        wrong.append(f"n_head={config.n_head} that does not divide n_embd={config.n_embd}")
-    if config.n_layer == 0:
-        wrong.append("n_layer=0")
-    if wrong:
-        raise ValueError(
-            f"{layout.architecture} cannot express {', '.join(wrong)}: "
-            "keep this model as a checkpoint of glassGPT"
-        )
-    written = {"architectures": [layout.architecture], "model_type": layout.model_type}
-    written |= {theirs: getattr(config, ours) for theirs, (ours, _) in layout.settings.items()}
-    if layout is GPT2:
-        activations = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}
-        written |= {"activation_function": activations[config.mlp]}
-        written |= {"n_ctx": config.block_size}  # the old name of n_positions; llama.cpp reads it
-        written |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    else:  # the older keys of RoPE, because every reader knows them
-        scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-        written |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": scaling}
-    return layout, written
-
-
 def published_tensors(model, layout):
     """A dict of the model's tensors under their names.
 
@@ -628,6 +383,8 @@ def published_tensors(model, layout):
             if has_bias:
                 zeros = state[name].new_zeros(len(state[name]))
                 state.setdefault(name.removesuffix("weight") + "bias", zeros)
+    if layout is QWEN3:
+        scale_for_qwen3(state, model.config)
     names = list(tensor_names(layout, state, layout.prefix))
     if left := state.keys() - {name for _, ours, _ in names for name in ours}:
         raise ValueError(
@@ -641,17 +398,37 @@ def published_tensors(model, layout):
     return tensors
 
 
+def scale_for_qwen3(state, config):
+    """Give a state dict what Qwen3's QK-norm has: weights, and one eps for all norms.
+
+    x / sqrt(mean x^2 + e) is unchanged by a factor of x, but for e: ours is torch's, theirs norm_eps.
+    So queries and keys are multiplied by a power of two, which rounds nothing and brings the two
+    within a factor of two of each other.
+    """
+    ratio = config.norm_eps / torch.finfo(torch.float32).eps
+    factor = 2.0 ** round(math.log2(ratio) / 2)
+    for name in list(state):
+        if re.search(r"\.[qk]_proj\.", name):
+            state[name] = state[name] * factor
+    for layer in range(config.n_layer):
+        for x in "qk":
+            ones = state["tok_emb.weight"].new_ones(config.head_dim)
+            state[f"blocks.{layer}.attn.{x}_norm.weight"] = ones
+
+
 def save_pretrained(model, folder, tokenizer=None):
     """Write a model, and its tokenizer if given, as a folder that transformers loads.
 
-    Biases that GPT-2 has and the model lacks are written as zeros, which computes the same. The
+    Where no published kind computes the same, the folder holds our own code too, and transformers
+    needs trust_remote_code=True. Biases that GPT-2 has and the model lacks are written as zeros. The
     folder appears whole or not at all. A folder that holds anything but an earlier export is left
-    alone. Raises ValueError for settings that no published class expresses, and FileExistsError for
+    alone. Raises ValueError for LoRA that is not merged and for classifiers, and FileExistsError for
     a folder in use.
     """
     folder = Path(folder).resolve()
     layout, config = published_config(model.config)
     ours = {SINGLE, CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, "chat_template.jinja"}
+    ours |= {path.name for path in CODE}
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     is_export = not (files - ours) and "exported_by" in read_json(folder / CONFIG, {})
     if folder.is_file() or (files and not is_export):
@@ -679,6 +456,8 @@ def save_pretrained(model, folder, tokenizer=None):
         for name, document in documents.items():
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
+        for path in CODE if layout is OWN else ():
+            shutil.copy(path, partial)
         partial.chmod(0o755)  # mkdtemp gives access to the owner only
         if folder.exists():
             shutil.rmtree(folder)
