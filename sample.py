@@ -40,7 +40,7 @@ class Settings(Drawing, ModelSettings):
     show_attention: str | None = None  # draw every head's attention to this .png file, and stop
     temperature: float | None = None  # None: 0.8; 0 in a chat that was tuned on exact answers
     # text
-    export: str | None = None  # write model and tokenizer to this folder for transformers, and stop
+    export: str | None = None  # write model and tokenizer to this folder, or FILE.gguf, and stop
     classify: str | None = None  # a text, or FILE:name, whose class to name
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
     max_new_tokens: int = 500  # tokens of a text, at most
@@ -345,14 +345,21 @@ def main(argv):
     loaded = load_model(settings, torch.float32 if exact else None)
     if settings.export == "":
         raise ValueError("export='' names no folder: give one")
-    if settings.export and settings.quantize:
+    is_gguf = (settings.export or "").endswith(".gguf")
+    if settings.export and settings.quantize and not is_gguf:
         raise ValueError(
-            f"quantize={settings.quantize} does nothing to an export: leave one of them out"
+            f"quantize={settings.quantize} does nothing to an export but a .gguf: "
+            "leave one of them out"
         )
     if settings.temperature is None:
         is_exact = settings.chat and loaded.answers_exactly
         settings = replace(settings, temperature=0.0 if is_exact else Drawing.temperature)
-    if settings.export:
+    if is_gguf:
+        from glass.gguf_files import save_gguf
+
+        lines = save_gguf(loaded.model, settings.export, loaded.tokenizer, settings.quantize)
+        print("\n".join([f"{settings.export} is a file that llama.cpp runs", *lines]))
+    elif settings.export:
         loaded.model.save_pretrained(settings.export, loaded.tokenizer)
         print(f"{settings.export} is a folder that transformers loads")
     elif settings.classify is not None:

@@ -63,6 +63,7 @@ from glass import (
     generate,
     intervals,
     items,
+    kernels,
     loading,
     looking,
     matches,
@@ -3244,7 +3245,7 @@ def test_an_export_is_not_quantized(trained, capsys):
     status, _, err = run_main(sample.main, ["--export=folder", "--quantize=int8"], capsys)
     assert (
         status == 2
-        and "quantize=int8 does nothing to an export" in err
+        and "quantize=int8 does nothing to an export but a .gguf" in err
         and not Path("folder").exists()
     )
 
@@ -6738,7 +6739,10 @@ def test_equal_prompts_share_one_prefill_and_differ_only_by_chance():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_fast_products_equal_the_plain_one(bias):
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_fast_products_equal_the_plain_one(bias, by_kernel, monkeypatch):
+    if not by_kernel:
+        monkeypatch.setattr(kernels, "library", lambda: None)
     torch.manual_seed(0)
     for N, K in ((7, 16), (64, 32)):
         linear = torch.nn.Linear(K, N, bias=bias)
@@ -7145,7 +7149,85 @@ def test_two_models_are_compared_on_the_same_tokens():
         looking.respond(ours, {"text": "To be", "parts": ["compare"]}, other)
 
 
-def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster():
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+
+
+needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or no Linux")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_by_the_kernel_are_the_exact_products(dtype):
+    torch.manual_seed(0)
+    for N, K in ((5, 16), (130, 67), (9, 1100)):
+        weight, bias = torch.randn(N, K), torch.randn(N)
+        scale = weight.abs().amax(1) / 127
+        whole = (weight / scale[:, None]).round().to(torch.int8)
+        for b in (1, 2, 5):
+            x = torch.randn(b, K).to(dtype)
+            for stored, of_row in ((weight, None), (weight.bfloat16(), None), (whole, scale)):
+                wide = stored.double() * (1 if of_row is None else of_row.double()[:, None])
+                expected = x.double() @ wide.T + bias
+                found = kernels.multiply_rows(stored, x, bias, of_row)
+                assert found.dtype == dtype
+                error = 3e-5 if of_row is None else 3e-4  # x in 15 bits
+                error = 2**-8 if dtype == torch.bfloat16 else error
+                torch.testing.assert_close(found.double(), expected, rtol=error, atol=error * 3)
+                for row in range(b):  # whatever is beside it
+                    alone = kernels.multiply_rows(stored, x[row : row + 1], bias, of_row)
+                    assert torch.equal(alone[0], found[row])
+
+
+@needs_compiler
+def test_attention_by_the_kernel_is_attention():
+    torch.manual_seed(0)
+    for dtype, D in ((torch.float32, 8), (torch.bfloat16, 64)):
+        q, cache = torch.randn(3, 4, 1, D), torch.randn(2, 3, 2, 40, D).to(dtype)
+        lengths = torch.tensor([31, 1, 17])
+        found = kernels.attend(q, cache[0, :, :, :31], cache[1, :, :, :31], lengths)
+        for row, n in enumerate(lengths):
+            k, v = (each[row : row + 1, :, :n].float() for each in cache)
+            expected = F.scaled_dot_product_attention(q[row : row + 1], k, v, enable_gqa=True)
+            torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+def test_the_kernel_leaves_denormal_numbers_alone():
+    smallest = torch.tensor([1e-45])
+    kernels.multiply_rows(torch.ones(4, 16), torch.ones(1, 16))
+    assert (smallest * 1.0).item() > 0 and np.float32(1e-45) * np.float32(1) > 0
+    tiny = kernels.multiply_rows(torch.full((1, 16), 1e-30), torch.full((1, 16), 1e-12))
+    assert 0 < tiny.item() < 1.2e-38
+
+
+def test_without_a_compiler_torch_multiplies(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    kernels.library.cache_clear()
+    assert kernels.library() is None and not kernels.can_multiply(torch.randn(1, 8))
+    monkeypatch.undo()
+    kernels.library.cache_clear()
+
+
+@needs_compiler
+def test_the_kernel_is_built_once_into_the_cache_or_beside(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels.library.cache_clear()
+    assert kernels.library() is not None
+    (built,) = (tmp_path / "glassgpt").iterdir()
+    changed = built.stat().st_mtime_ns
+    kernels.library.cache_clear()
+    assert kernels.library() is not None and built.stat().st_mtime_ns == changed
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such")
+    folder = kernels.cache_folder()
+    assert folder.is_dir() and "proc" not in str(folder)
+    folder.rmdir()
+    monkeypatch.undo()
+    kernels.library.cache_clear()
+
+
+def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster(no_compiler):
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 600).bfloat16()
     fast = generate.RowLinear(linear)
@@ -7156,7 +7238,7 @@ def test_several_rows_in_bfloat16_are_multiplied_in_float32_where_that_is_faster
     torch.testing.assert_close(fast(x), expected, rtol=2**-7, atol=1e-3)  # one rounding
 
 
-def test_a_few_rows_times_a_large_matrix_are_the_same_product():
+def test_a_few_rows_times_a_large_matrix_are_the_same_product(no_compiler):
     torch.manual_seed(0)
     linear = torch.nn.Linear(24, 9000)
     fast = generate.RowLinear(linear)
@@ -7648,6 +7730,80 @@ def test_a_model_of_any_parts_has_a_way_out(kind, settings, tmp_path, monkeypatc
     if kind != "Qwen3ForCausalLM":
         again = GPT.from_pretrained(tmp_path / "folder")
         assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_gguf_file_holds_the_weights_as_llama_cpp_reads_them(kind, quantize, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from glass.gguf_files import save_gguf
+
+    parts = {"gpt2": dict(bias=True), "llama": ROPE, "qwen3": ROPE | dict(qk_norm=True)}[kind]
+    scaling = PRESETS["llama3.1-8b"].rope_scaling if kind == "llama" else None
+    shape = dict(vocab_size=300, block_size=48, n_layer=2, n_head=4, n_embd=64, n_inner=80)
+    model = GPT(GPTConfig(**shape | parts, rope_scaling=scaling))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokenizer = bpe.BPETokenizer.train(["to be or not to be"], vocab_size=264)
+    lines = save_gguf(model, tmp_path / "m.gguf", tokenizer, quantize)
+    assert lines == (["2 matrices stay in float32: 32 does not divide their rows"] * bool(quantize))
+    file = gguf.GGUFReader(tmp_path / "m.gguf")
+    found = {
+        each.name: torch.tensor(gguf.quants.dequantize(each.data, each.tensor_type))
+        for each in file.tensors
+    }
+    ours = dict(model.named_parameters())
+    q, up = ours["blocks.1.attn.q_proj.weight"], ours["blocks.1.mlp.up_proj.weight"]
+    expected = {"token_embd": ours["tok_emb.weight"], "blk.1.ffn_up": up, "blk.1.attn_q": q}
+    if kind == "gpt2":
+        qkv = [ours[f"blocks.1.attn.{x}_proj.weight"] for x in "qkv"]
+        expected["blk.1.attn_qkv"] = torch.cat(qkv)
+        del expected["blk.1.attn_q"]
+        assert torch.equal(found["blk.1.attn_qkv.bias"][:64], ours["blocks.1.attn.q_proj.bias"])
+    elif kind == "llama":  # rows i and i + 8 of a head lie beside each other
+        head = q[16:32]
+        expected["blk.1.attn_q"] = q.clone()
+        expected["blk.1.attn_q"][16:32] = torch.stack([head[:8], head[8:]], dim=1).flatten(0, 1)
+        found["blk.1.attn_q.weight"][:16] = expected["blk.1.attn_q"][
+            :16
+        ]  # the second head is enough
+        found["blk.1.attn_q.weight"][32:] = expected["blk.1.attn_q"][32:]
+        scaled = rope_frequencies(model.config) * found["rope_freqs.weight"]
+        torch.testing.assert_close(scaled, 10000.0 ** -(torch.arange(8) / 8))
+    else:
+        expected["blk.1.attn_q"] = q * 8  # a power of two near sqrt(1e-5 / 1.19e-7)
+        assert torch.equal(found["blk.0.attn_k_norm.weight"], torch.ones(16))
+    for name, tensor in expected.items():
+        step = tensor.abs().max() / 127 if quantize else 0.0
+        assert (found[f"{name}.weight"] - tensor).abs().max() <= 0.51 * step, name
+    text = file.fields["tokenizer.ggml.tokens"].contents()
+    assert text[tokenizer.encode("be")[0]] == "be" or len(tokenizer.encode("be")) > 1
+    assert file.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert (
+        file.fields["tokenizer.ggml.eos_token_id"].contents()
+        == tokenizer.special_tokens[bpe.END_OF_TEXT]
+    )
+    with pytest.raises(FileExistsError, match="is there already"):
+        save_gguf(model, tmp_path / "m.gguf", tokenizer)
+    lines = save_gguf(model, tmp_path / "chars.gguf", bpe.CharTokenizer.train("abc"))
+    assert lines == ["llama.cpp has no tokenizer of this kind: the file takes and gives ids"]
+
+
+def test_a_gguf_file_is_written_by_sample_or_refused(workdir, capsys):
+    pytest.importorskip("gguf")
+    run_main(train.main, [*TINY_RUN, *AS_GPT2, "--mlp=gelu"], capsys)
+    words = ["--out_dir=out/small", "--export=m.gguf"]
+    status, out, err = run_main(sample.main, words, capsys)
+    assert status == 0 and "m.gguf is a file that llama.cpp runs" in out, err
+    before = Path("m.gguf").read_bytes()
+    status, _, err = run_main(sample.main, words, capsys)
+    assert status == 2 and "m.gguf is there already" in err
+    assert Path("m.gguf").read_bytes() == before
+    run_main(train.main, [*TINY_RUN, "--smear=True", "--out_dir=out/smeared"], capsys)
+    words = ["--out_dir=out/smeared", "--export=s.gguf"]
+    status, _, err = run_main(sample.main, words, capsys)
+    assert status == 2 and "llama.cpp cannot run a model of these parts" in err
+    assert not list(Path().glob("s.gguf*"))
 
 
 def test_exports_name_what_they_cannot_express_and_never_overwrite_other_work(

@@ -2,6 +2,7 @@
 
     python bench.py generate --model=gpt2 --peer=transformers
     python bench.py generate --model=char --peer=FOLDER_OF_NANOGPT
+    python bench.py generate --peer=llama.cpp             # pip install llama-cpp-python gguf
     python bench.py generate --batch_sizes 1 --quantize=int8 --compile=True
 
 The first token, which waits for the whole prompt, is timed apart from the rest. Weights are
@@ -10,11 +11,13 @@ random, since speed depends on the shape of a model alone.
 
 import importlib.util
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from bench.common import in_turn, medians, memory_bandwidth, seconds_of
@@ -35,7 +38,7 @@ class Settings:
     new_tokens: int = 100  # tokens made
     batch_sizes: list[str] = field(default_factory=lambda: ["1", "8"])  # rows generated together
     rounds: int = 3  # how often each contestant runs
-    peer: str | None = None  # also measure: transformers, or the folder of a nanoGPT checkout
+    peer: str | None = None  # transformers, llama.cpp, or the folder of a nanoGPT checkout
 
 
 def main(argv):
@@ -44,16 +47,19 @@ def main(argv):
     torch.manual_seed(0)
     model = GPT(config_of(s.model)).to(device, dtype).eval()
     n_parameters = model.parameter_count()
+    gguf = write_gguf(model, s.quantize) if s.peer == "llama.cpp" else None
     compiled_decode = speed_up(model, s.quantize, s.compile)
     bandwidth = memory_bandwidth(device)
     print_header(s, device, n_parameters, bandwidth)
     for batch_size in map(int, s.batch_sizes):
-        contestants = make_contestants(s, model, batch_size, dtype, compiled_decode)
+        contestants = make_contestants(s, model, batch_size, dtype, compiled_decode, gguf)
         warm_up = seconds_of(contestants["glassGPT"])
         results = in_turn(contestants, s.rounds)
         steps_per_s = bandwidth / bytes_per_step(s, model, batch_size, dtype)
         print_results(s, batch_size, steps_per_s, warm_up, results)
     print(f"peak memory of the process: {peak_memory(device) / 1e6:,.0f} MB")
+    if gguf:
+        gguf.unlink()
 
 
 def config_of(name):
@@ -68,7 +74,7 @@ def config_of(name):
 # Contestants: functions that generate once and return what `timed_tokens` does.
 
 
-def make_contestants(settings, model, batch_size, dtype, compiled_decode):
+def make_contestants(settings, model, batch_size, dtype, compiled_decode, gguf):
     """Ours and, where asked for, the peer's, on the same prompts: name to function."""
     s, config, device = settings, model.config, model.device
     prompt = torch.randint(config.vocab_size, (batch_size, s.context), device=device)
@@ -82,6 +88,9 @@ def make_contestants(settings, model, batch_size, dtype, compiled_decode):
     if s.peer == "transformers":
         theirs = transformers_generator(config, dtype, prompt)
         contestants["transformers"] = lambda: timed_twice(theirs, s.new_tokens)
+    elif gguf:
+        theirs = LlamaCpp(gguf, prompt, s.new_tokens)
+        contestants["llama.cpp"] = lambda: timed_tokens(theirs.tokens())
     elif s.peer:
         theirs = nanogpt_generator(s.peer, config, dtype, prompt)
         contestants[Path(s.peer).name] = lambda: timed_twice(theirs, s.new_tokens)
@@ -124,12 +133,71 @@ def transformers_generator(config, dtype, prompt):
     return generate
 
 
+def write_gguf(model, quantize):
+    """A temporary file that llama.cpp runs: its path."""
+    from glass.gguf_files import save_gguf
+
+    path = Path(tempfile.mkdtemp(prefix="glassgpt-bench-"), "model.gguf")
+    save_gguf(model, path, quantize=quantize)
+    return path
+
+
+class LlamaCpp:
+    """llama.cpp, through the C functions of the package llama-cpp-python, on all of torch's threads."""
+
+    def __init__(self, path, prompt, new_tokens):
+        import llama_cpp as api
+
+        self.api, self.prompt, self.new_tokens = api, prompt.tolist(), new_tokens
+        B, T = prompt.shape
+        api.llama_backend_init()
+        self.silence = api.llama_log_callback(lambda level, text, data: None)
+        api.llama_log_set(self.silence, None)
+        self.model = api.llama_model_load_from_file(
+            str(path).encode(), api.llama_model_default_params()
+        )
+        options = api.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = B * (T + new_tokens), B
+        options.n_batch = options.n_ubatch = max(512, B * T)
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        self.context = api.llama_init_from_model(self.model, options)
+        self.batch = api.llama_batch_init(B * T, 0, 1)
+
+    def decode(self, rows, first):
+        """Run rows (a list of lists of ids) at the positions from `first`: the likeliest id of each."""
+        api, batch, ends = self.api, self.batch, []
+        batch.n_tokens = 0
+        for row, ids in enumerate(rows):
+            for place, token in enumerate(ids):
+                i = batch.n_tokens
+                batch.token[i], batch.pos[i] = token, first + place
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+                batch.logits[i] = place == len(ids) - 1
+                batch.n_tokens += 1
+            ends.append(batch.n_tokens - 1)
+        if api.llama_decode(self.context, batch):
+            raise RuntimeError("llama.cpp could not decode")
+        size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        logits = [api.llama_get_logits_ith(self.context, end) for end in ends]
+        return [int(np.ctypeslib.as_array(each, (size,)).argmax()) for each in logits]
+
+    def tokens(self):
+        """Yield the next ids of all rows."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        ids = self.decode(self.prompt, 0)
+        yield ids
+        for place in range(self.new_tokens - 1):
+            ids = self.decode([[each] for each in ids], len(self.prompt[0]) + place)
+            yield ids
+
+
 def nanogpt_generator(folder, config, dtype, prompt):
     """A function that makes n tokens with nanoGPT's code and a model of the same shape."""
     path = Path(folder) / "model.py"
     if not path.is_file():
         raise ValueError(
-            f"peer={folder} has no model.py: give transformers, or the folder of a nanoGPT checkout"
+            f"peer={folder} has no model.py: give transformers, llama.cpp, or the folder of a "
+            "nanoGPT checkout"
         )
     nano = load_module(path)
     shape = dict(vocab_size=config.vocab_size, block_size=config.block_size, n_embd=config.n_embd)

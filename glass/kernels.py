@@ -10,6 +10,7 @@ once, in half a second. It runs on the threads that torch has: a second set woul
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import re
@@ -21,7 +22,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = "-O3 -march=native -mprefer-vector-width=512 -fopenmp -fPIC -c".split()
+FLAGS = "-O3 -march=native -ffp-contract=fast -fopenmp -fPIC -c".split()
+HUGE = 1 << 21  # bytes of a huge page
 MOST_ROWS = 16  # above, torch's product of matrices is faster
 
 
@@ -89,15 +91,39 @@ def processor():
     return "\n".join(line for line in lines if line.startswith(named))
 
 
-def call(name, tensors, sizes):
-    """Call a function of the library on contiguous tensors (or None), sizes and torch's threads."""
-    pointers = [each if each is None else ctypes.c_void_p(each.data_ptr()) for each in tensors]
-    numbers = [ctypes.c_long(size) for size in sizes]
-    getattr(library(), name)(*pointers, *numbers, torch.get_num_threads())
+@functools.cache
+def function(kind, dtype, n_tensors, n_sizes):
+    """The C function of a kind for weights, or a cache, of a dtype; see `call`."""
+    found = getattr(library(), f"{kind}_{str(dtype).removeprefix('torch.')}")
+    found.argtypes = [ctypes.c_void_p] * n_tensors + [ctypes.c_long] * n_sizes
+    found.argtypes += [ctypes.c_int] * 2
+    found.restype = None
+    return found
 
 
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
+def call(kind, dtype, x, tensors, sizes):
+    """Call a C function on contiguous tensors (or None) and sizes. x: float32 or bfloat16."""
+    pointers = [each if each is None else each.data_ptr() for each in tensors]
+    is_half = x.dtype == torch.bfloat16
+    called = function(kind, dtype, len(tensors), len(sizes))
+    called(*pointers, *sizes, is_half, torch.get_num_threads())
+
+
+def in_huge_pages(tensor):
+    """A copy of a large CPU tensor in pages of 2 MB, where Linux gives them; else the tensor.
+
+    Reading 500 MB of weights takes 17.5 instead of 20.8 ms on two cores of a Zen 3: in pages of 4 kB,
+    looking up where they lie takes the rest.
+    """
+    if tensor.device.type != "cpu" or tensor.nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor
+    size = -(-tensor.nbytes // HUGE) * HUGE + HUGE
+    space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    space.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(space, dtype=torch.uint8)
+    first = -memory.data_ptr() % HUGE
+    placed = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return placed.copy_(tensor)
 
 
 def can_multiply(x):
@@ -116,12 +142,11 @@ def multiply_rows(weight, x, bias=None, scale=None):
 
     weight: float32, bfloat16, or int8 with a scale (N,) in float32.
     """
-    N, K = weight.shape
-    rows = x.float().contiguous()
-    y = torch.empty(*x.shape[:-1], N)
-    tensors = [weight, rows, bias, y] if scale is None else [weight, scale, rows, bias, y]
-    call(f"rows_{name_of(weight.dtype)}", tensors, [N, K, x.numel() // K])
-    return y.to(x.dtype)
+    (N, K), x = weight.shape, x.contiguous()
+    y = x.new_empty(*x.shape[:-1], N)
+    tensors = (weight, x, bias, y) if scale is None else (weight, scale, x, bias, y)
+    call("rows", weight.dtype, x, tensors, (N, K, x.numel() // K))
+    return y
 
 
 def attend(q, k, v, lengths):
@@ -130,9 +155,7 @@ def attend(q, k, v, lengths):
     k, v (B, Hkv, S, D): the first positions of larger tensors, a cache. lengths (B,): how many of
     them each row attends to; int64.
     """
-    B, H, _, D = q.shape
-    query = q.float().contiguous()
-    y = torch.empty(B, H, 1, D)
-    room = k.stride(1) // D
-    call(f"attend_{name_of(k.dtype)}", [query, k, v, y, lengths], [B, H, k.shape[1], room, D])
-    return y.to(q.dtype)
+    (B, H, _, D), q = q.shape, q.contiguous()
+    y, room = torch.empty_like(q), k.stride(1) // D
+    call("attend", k.dtype, q, (q, k, v, y, lengths), (B, H, k.shape[1], room, D))
+    return y

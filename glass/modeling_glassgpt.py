@@ -83,6 +83,7 @@ class GlassGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids,
         attention_mask=None,
+        position_ids=None,
         past_key_values=None,
         use_cache=None,
         labels=None,
@@ -101,15 +102,15 @@ class GlassGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask is not None:  # a cache of no layers has no length
-            seen = attention_mask.shape[1] - T
         if previous_ids is None:
             if seen and gpt.config.smear:
                 raise ValueError("smear needs previous_ids beside a cache: call generate")
             previous_ids = F.pad(input_ids[:, :-1], (1, 0))
         if attention_mask is None:
             attention_mask = input_ids.new_ones(B, seen + T)
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
+        if position_ids is None:
+            position_ids = attention_mask.long().cumsum(-1)[:, -T:] - 1
+        positions = position_ids.expand(B, T).clamp(min=0)
         slots = torch.arange(seen + T, device=input_ids.device)
         hidden = (slots > slots[seen:, None]) | (attention_mask == 0)[:, None]  # (B, T, S)
         # a row of padding sees nothing, and -inf everywhere would make it NaN
