@@ -7172,7 +7172,7 @@ def test_rows_by_the_kernel_are_the_exact_products(dtype):
                 expected = x.double() @ wide.T + bias
                 found = kernels.multiply_rows(stored, x, bias, of_row)
                 assert found.dtype == dtype
-                error = 3e-5 if of_row is None else 3e-4  # x in 15 bits
+                error = 3e-5 if of_row is None else 1e-3  # x in 15 bits
                 error = 2**-8 if dtype == torch.bfloat16 else error
                 torch.testing.assert_close(found.double(), expected, rtol=error, atol=error * 3)
                 for row in range(b):  # whatever is beside it
