@@ -257,15 +257,16 @@ def single_questions(objects, rng):
     facts = every[:objects]
     shared = Counter(asked_as("which", fact) for fact in every)
     shared.update(asked_as("module", fact) for fact in every)
+    words = sorted({each for fact in every for each in re.findall(r"\b[a-z]{2,}\b", fact.sentence)})
     for fact in facts:
         for kind, answer in answers_of(fact):
             asked = asked_as(kind, fact)
             if shared[asked] <= 1:  # else it has several answers
-                yield from phrased(kind, asked, answer, rng)
+                yield from phrased(kind, asked, answer, words, rng)
         if fits(fact.arguments):
-            yield from conversations(fact, rng)
+            yield from conversations(fact, words, rng)
     for name, kind, split in made_up_names(facts, {fact.name for fact in every}, rng):
-        phrasing = one_phrasing(rng.choice(UNKNOWN_ASKED), split, rng)
+        phrasing = one_phrasing(rng.choice(UNKNOWN_ASKED), split, words, rng)
         if split == "train":
             phrasing = typed(phrasing, rng)
         yield row(kind, phrasing.format(name), f"I do not know {name}.", split)
@@ -311,19 +312,19 @@ def typed(phrasing, rng):
     return phrasing
 
 
-def one_phrasing(kind, split, rng):
-    """A phrasing of a kind of question for a split, drawn with rng."""
+def one_phrasing(kind, split, words, rng):
+    """A phrasing of a kind of question for a split, drawn with rng; words: see training_phrasing."""
     if split == "train":
-        return training_phrasing(kind, rng)
+        return training_phrasing(kind, words, rng)
     return rng.choice(phrasings(kind, split))
 
 
-def phrased(kind, asked, answer, rng):
+def phrased(kind, asked, answer, words, rng):
     """Yield the rows of a question: in some phrasings for training, in each for the test."""
     for split in ("train", "val", "test"):
         chosen = phrasings(kind, split)
         if split == "train":
-            drawn = [training_phrasing(kind, rng) for _ in range(ASKED[kind])]
+            drawn = [training_phrasing(kind, words, rng) for _ in range(ASKED[kind])]
             chosen = [typed(phrasing, rng) for phrasing in drawn]
         elif split == "val" and rng.random() > VAL_SHARE:
             continue
@@ -331,13 +332,13 @@ def phrased(kind, asked, answer, rng):
             yield row(kind, phrasing.format(asked), answer, split)
 
 
-def conversations(fact, rng):
+def conversations(fact, words, rng):
     """Yield conversations of two turns, the second about the arguments of what the first named."""
     for split in ("train", "train", "test"):
         said = (
-            ("user", one_phrasing("does", split, rng).format(fact.name)),
+            ("user", one_phrasing("does", split, words, rng).format(fact.name)),
             ("assistant", fact.sentence),
-            ("user", one_phrasing("conversation", split, rng)),
+            ("user", one_phrasing("conversation", split, words, rng)),
             ("assistant", fact.arguments),
         )
         messages = [{"role": role, "content": content} for role, content in said]

@@ -5,6 +5,7 @@ before them is for validation. Those of the test were written by somebody who ha
 """
 
 N_TEST = 3
+BARE_SHARE, NOISY_SHARE = 0.15, 0.4  # of training's phrasings; see training_phrasing
 
 
 def lines_of(text):
@@ -699,8 +700,31 @@ def phrasings(kind, split):
     return of_split[split]
 
 
-def training_phrasing(kind, rng):
-    """A phrasing for training: one that stands above, or one put together, drawn with rng."""
+def training_phrasing(kind, words, rng):
+    """A phrasing for training, drawn with rng; often with words in it that say nothing.
+
+    A model that has only seen neat questions refuses a name that is asked for in strange ones. Words
+    alone, around a name, ask what it does.
+    """
+    way = rng.random()
+    if kind == "does" and way < BARE_SHARE:
+        return with_words("{}", rng.randint(1, 6), words, rng) + rng.choice(("?", ".", ""))
+    phrasing = neat_phrasing(kind, rng)
+    if way < NOISY_SHARE:
+        phrasing = with_words(phrasing, rng.randint(1, 3), words, rng)
+    return phrasing
+
+
+def with_words(phrasing, n, words, rng):
+    """A phrasing with n of the words put in anywhere."""
+    parts = phrasing.split(" ")
+    for _ in range(n):
+        parts.insert(rng.randint(0, len(parts)), rng.choice(words))
+    return " ".join(parts)
+
+
+def neat_phrasing(kind, rng):
+    """A phrasing that stands above, or one put together from such parts."""
     way = rng.random()
     if way < 0.3 and kind in WANTED:
         return rng.choice(WANTS).replace("...", rng.choice(WANTED[kind]))
