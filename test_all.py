@@ -7180,17 +7180,64 @@ def test_rows_by_the_kernel_are_the_exact_products(dtype):
                     assert torch.equal(alone[0], found[row])
 
 
+FUSED = [
+    dict(bias=True, mlp="gelu"),
+    dict(mlp="relu2", n_kv_head=1, qk_norm=True),
+    dict(mlp="gelu_exact", pos="rope", qk_norm=True, smear=True, embed_skip=True),
+    dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2, bias=True),
+]
+
+
 @needs_compiler
-def test_attention_by_the_kernel_is_attention():
+@pytest.mark.parametrize("settings", FUSED)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_blocks_by_the_kernel_compute_what_blocks_do(settings, quantize, monkeypatch):
+    shape = dict(vocab_size=61, block_size=48, n_layer=2, n_head=4, n_embd=64)
     torch.manual_seed(0)
-    for dtype, D in ((torch.float32, 8), (torch.bfloat16, 64)):
-        q, cache = torch.randn(3, 4, 1, D), torch.randn(2, 3, 2, 40, D).to(dtype)
-        lengths = torch.tensor([31, 1, 17])
-        found = kernels.attend(q, cache[0, :, :, :31], cache[1, :, :, :31], lengths)
-        for row, n in enumerate(lengths):
-            k, v = (each[row : row + 1, :, :n].float() for each in cache)
-            expected = F.scaled_dot_product_attention(q[row : row + 1], k, v, enable_gqa=True)
-            torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=1e-5)
+    model = GPT(GPTConfig(**shape | settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    generate.speed_up(model, quantize)
+    prompts, lengths = torch.randint(61, (3, 20)), torch.tensor([20, 7, 13])
+
+    def decode():
+        cache = model.new_cache(3, 40)
+        model.hidden(prompts, cache)
+        cache.set_rows(lengths, torch.arange(3))
+        logits = [model.decode(torch.tensor([t, t + 1, t + 2]), cache) for t in range(5)]
+        return torch.stack(logits), [each.float() for each in (*cache.k, *cache.v)]
+
+    with torch.no_grad():
+        found, stores = decode()
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "library", lambda: None)
+            expected, expected_stores = decode()
+        if quantize is None:
+            model.bfloat16()
+            half = decode()[0]
+            assert (half - expected).abs().max() < 0.05 * expected.abs().max()
+    tolerance = expected.abs().max() * (1e-5 if quantize is None else 0.03)  # torch rounds x more
+    torch.testing.assert_close(found, expected, atol=tolerance.item(), rtol=0)
+    for own, theirs in zip(stores, expected_stores, strict=True):
+        if quantize is None:
+            torch.testing.assert_close(own, theirs, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+def test_hooks_see_blocks_that_the_kernel_would_take(monkeypatch):
+    model, calls = tiny_model(), []
+    generate.speed_up(model)
+    attend = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *all_: calls.append(1) or attend(*all_))
+    idx = torch.randint(61, (1, 5))
+    plain = generate.generate(model, idx, 4, temperature=0)
+    n_layer = model.config.n_layer
+    assert len(calls) == 3 * n_layer
+    seen = []
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, x, y: seen.append(1))
+    assert torch.equal(generate.generate(model, idx, 4, temperature=0), plain)
+    handle.remove()
+    assert len(seen) == 4 and len(calls) == 3 * n_layer + 3 * (n_layer - 1)
 
 
 @needs_compiler

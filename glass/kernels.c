@@ -70,10 +70,8 @@ static inline void put(void *y, long i, int half, float value) {
 
 #define DOT static inline __attribute__((always_inline)) void
 
-static void prepare_float32(const void *x, long first, long k, int half, float *prepared) {
-    if (!half) memcpy(prepared, (const float *)x + first, sizeof(float) * k);
-    else
-        for (long i = 0; i < k; i++) prepared[i] = get(x, first + i, 1);
+static void prepare_float32(const float *x, long k, float *prepared) {
+    memcpy(prepared, x, sizeof(float) * k);
 }
 
 DOT dot_float32(const float *w, const float *const *x, int n, long k, float *s) {
@@ -94,10 +92,9 @@ DOT dot_float32(const float *w, const float *const *x, int n, long k, float *s) 
 /* Two bfloat16 are one word: the first in its lower half, the second in its upper half, each of
    which is a float32 with the other half zero. So x has its even places first, then the odd ones. */
 
-static void prepare_bfloat16(const void *x, long first, long k, int half, float *prepared) {
-    float *odd = prepared + (k + 1) / 2;
-    for (long i = 0; i < k; i += 2) prepared[i / 2] = get(x, first + i, half);
-    for (long i = 1; i < k; i += 2) odd[i / 2] = get(x, first + i, half);
+static void prepare_bfloat16(const float *x, long k, float *prepared) {
+    for (long i = 0; i < k; i += 2) prepared[i / 2] = x[i];
+    for (long i = 1; i < k; i += 2) prepared[(k + 1) / 2 + i / 2] = x[i];
 }
 
 DOT dot_bfloat16(const uint16_t *w, const float *const *x, int n, long k, float *s) {
@@ -157,72 +154,144 @@ DOT dot_int8(const int8_t *w, const int16_t *const *x, int n, long k, float *s) 
     }
 }
 
-/* y (b, n) = x (b, k) times the transpose of w (n, k), plus bias (n,) or NULL. x and y are float32
-   or, if half, bfloat16. SCALE: of a result. */
+/* What goes before a product: nothing, or a norm of x over its k places. */
+struct norm {
+    int kind; /* 0: none, 1: LayerNorm, 2: RMSNorm */
+    float eps;
+    const float *weight, *bias;
+};
+
+static void normalise(float *x, long k, const struct norm *norm) {
+    double mean = 0, square = 0;
+    if (norm->kind == 1)
+        for (long i = 0; i < k; i++) mean += x[i] / k;
+    for (long i = 0; i < k; i++) square += (x[i] - mean) * (x[i] - mean) / k;
+    float shift = mean, factor = 1 / sqrt(square + norm->eps);
+    for (long i = 0; i < k; i++) {
+        x[i] = (x[i] - shift) * factor * (norm->weight ? norm->weight[i] : 1);
+        if (norm->bias) x[i] += norm->bias[i];
+    }
+}
+
+static float *read_rows(const void *x, long b, long k, int half, const struct norm *norm) {
+    float *rows = malloc(sizeof(float) * b * k);
+    for (long i = 0; i < b * k; i++) rows[i] = get(x, i, half);
+    for (long j = 0; j < b && norm->kind; j++) normalise(rows + j * k, k, norm);
+    return rows;
+}
+
+/* What comes after it. */
+enum activation { NONE, GELU_BY_TANH, GELU, RELU_SQUARED, SWIGLU };
+
+static float activate(float x, enum activation activation) {
+    switch (activation) {
+    case GELU_BY_TANH: return x / 2 * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case GELU: return x / 2 * (1 + erff(x * 0.7071067812f));
+    case RELU_SQUARED: return x > 0 ? x * x : 0;
+    case SWIGLU: return x / (1 + expf(-x)); /* silu; its product with the other half is elsewhere */
+    default: return x;
+    }
+}
+
+/* y (b, n) = x (b, k) times the transpose of w (n, k), plus bias (n,), plus what y has already if
+   adds; with SWIGLU w is (2 n, k), first the gate. x and y are float32 or, if half, bfloat16. SCALE:
+   of a result. Pointers may be NULL. */
+#define ONE(kind, which, values)                                                                  \
+    if (j + 1 < b) dot_##kind(w + (which) * k, prepared + j, 2, k, values);                       \
+    else dot_##kind(w + (which) * k, prepared + j, 1, k, values);
+
 #define ROWS(kind, SCALE)                                                                         \
     EACH for (long row = 0; row < n; row++)                                                       \
         for (long j = 0; j < b; j += 2) {                                                         \
-            float s[2];                                                                           \
-            if (j + 1 < b) dot_##kind(w + row * k, prepared + j, 2, k, s);                        \
-            else dot_##kind(w + row * k, prepared + j, 1, k, s);                                  \
-            for (long i = j; i < j + 2 && i < b; i++)                                             \
-                put(y, i * n + row, half, s[i - j] * SCALE + (bias ? bias[row] : 0));             \
+            float s[2], up[2];                                                                    \
+            ONE(kind, row, s)                                                                     \
+            if (activation == SWIGLU) { ONE(kind, row + n, up) }                                  \
+            for (long i = j; i < j + 2 && i < b; i++) {                                           \
+                float value = s[i - j] * SCALE(row) + (bias ? bias[row] : 0);                     \
+                value = activate(value, activation);                                              \
+                if (activation == SWIGLU)                                                         \
+                    value *= up[i - j] * SCALE(row + n) + (bias ? bias[row + n] : 0);             \
+                long place = i * n + row;                                                         \
+                put(y, place, half, value + (adds ? get(y, place, half) : 0));                    \
+            }                                                                                     \
         }
 
 #define ROWS_OF_FLOATS(kind, type)                                                                \
-    void rows_##kind(const type *w, const void *x, const float *bias, void *y, long n, long k,    \
-                     long b, int half, int threads) {                                             \
-        float *space = malloc(sizeof(float) * b * k);                                             \
+    void rows_##kind(const type *w, const float *scale, const void *x, const float *bias, void *y, \
+                     const struct norm *norm, long n, long k, long b, int activation, int adds,   \
+                     int half, int threads) {                                                     \
+        float *rows = read_rows(x, b, k, half, norm), *space = malloc(sizeof(float) * b * k);     \
         const float **prepared = malloc(sizeof(float *) * b);                                     \
         for (long j = 0; j < b; j++) {                                                            \
-            prepare_##kind(x, j * k, k, half, space + j * k);                                     \
+            prepare_##kind(rows + j * k, k, space + j * k);                                       \
             prepared[j] = space + j * k;                                                          \
         }                                                                                         \
-        ROWS(kind, 1)                                                                             \
+        ROWS(kind, ONE_FOR_ALL)                                                                   \
         free(prepared);                                                                           \
         free(space);                                                                              \
+        free(rows);                                                                               \
+        (void)scale;                                                                              \
     }
+#define ONE_FOR_ALL(row) 1
 
 ROWS_OF_FLOATS(float32, float)
 ROWS_OF_FLOATS(bfloat16, uint16_t)
 
-/* The same for w in int8 with a scale (n,). The largest number of a row of x becomes 32767. */
+/* The same for w in int8 with a scale for each of its rows. The largest number of a row of x becomes
+   32767. */
 void rows_int8(const int8_t *w, const float *scale, const void *x, const float *bias, void *y,
-               long n, long k, long b, int half, int threads) {
+               const struct norm *norm, long n, long k, long b, int activation, int adds, int half,
+               int threads) {
+    float *rows = read_rows(x, b, k, half, norm), *unit = malloc(sizeof(float) * b);
     int16_t *space = malloc(sizeof(int16_t) * b * k);
     const int16_t **prepared = malloc(sizeof(int16_t *) * b);
-    float *unit = malloc(sizeof(float) * b);
     for (long j = 0; j < b; j++) {
         float largest = 0;
-        for (long i = 0; i < k; i++) {
-            float size = fabsf(get(x, j * k + i, half));
+        for (long i = j * k; i < (j + 1) * k; i++) {
+            float size = fabsf(rows[i]);
             largest = size > largest ? size : largest;
         }
         float inverse = largest > 0 ? 32767 / largest : 0;
         unit[j] = largest / 32767;
-        for (long i = 0; i < k; i++)
-            space[j * k + i] = (int16_t)rintf(get(x, j * k + i, half) * inverse);
+        for (long i = j * k; i < (j + 1) * k; i++) space[i] = (int16_t)rintf(rows[i] * inverse);
         prepared[j] = space + j * k;
     }
-    ROWS(int8, (scale[row] * unit[i]))
-    free(unit);
+#define OF_ROW(row) (scale[row] * unit[i])
+    ROWS(int8, OF_ROW)
     free(prepared);
     free(space);
+    free(unit);
+    free(rows);
 }
 
-/* Attention of one new token in each of b rows: q (b, h, d); k and v (b, hkv, room, d), of which
-   row j has lengths[j] positions, the new one included; y (b, h, d). */
+/* Attention of one new token in each of b rows. qkv (b, h + 2 hkv, d) is in float32 or, if half,
+   bfloat16, as y (b, h, d). k and v (b, hkv, room, d) hold positions[j] earlier tokens of row j, and
+   get the new one. normalises: queries and keys are divided by their root mean square. cos and sin
+   (b, d), as rope_rotation of model.py gives them, or NULL. */
 #define ATTEND(kind, type)                                                                        \
-    void attend_##kind(const void *q, const type *k, const type *v, void *y,                      \
-                       const int64_t *lengths, long b, long h, long hkv, long room, long d,       \
-                       int half, int threads) {                                                   \
+    void attend_##kind(const void *qkv, type *k, type *v, void *y, const int64_t *positions,      \
+                       const float *cos, const float *sin, long b, long h, long hkv, long room,   \
+                       long d, int normalises, int half, int threads) {                           \
+        long all = h + 2 * hkv, is_float = sizeof(type) == 4;                                     \
+        float *ready = malloc(sizeof(float) * b * all * d);                                       \
+        EACH for (long each = 0; each < b * all; each++) {                                        \
+            long row = each / all, head = each % all, position = positions[row];                  \
+            float *own = ready + each * d;                                                        \
+            for (long i = 0; i < d; i++) own[i] = get(qkv, each * d + i, half);                   \
+            if (head < h + hkv) turn(own, d, normalises, cos ? cos + row * d : 0, sin + row * d); \
+            if (head < h) continue;                                                               \
+            long shared = (head - h) % hkv;                                                       \
+            type *store = (head < h + hkv ? k : v) + ((row * hkv + shared) * room + position) * d; \
+            for (long i = 0; i < d; i++) put(store, i, !is_float, own[i]);                        \
+        }                                                                                         \
         EACH for (long each = 0; each < b * h; each++) {                                          \
-            long row = each / h, shared = each % h / (h / hkv), length = lengths[row];            \
+            long row = each / h, head = each % h, shared = head / (h / hkv);                      \
+            long length = positions[row] + 1;                                                     \
             const type *keys = k + (row * hkv + shared) * room * d;                               \
             const type *values = v + (row * hkv + shared) * room * d;                             \
             float *weight = malloc(sizeof(float) * (length + 2 * d)), *query = weight + length;   \
             float *result = query + d, largest = -INFINITY, total = 0;                            \
-            prepare_##kind(q, each * d, d, half, query);                                          \
+            prepare_##kind(ready + (row * all + head) * d, d, query);                             \
             for (long t = 0; t < length; t++) {                                                   \
                 dot_##kind(keys + t * d, (const float *const *)&query, 1, d, weight + t);         \
                 weight[t] /= sqrtf(d);                                                            \
@@ -240,7 +309,18 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
             for (long i = 0; i < d; i++) put(y, each * d + i, half, result[i]);                   \
             free(weight);                                                                         \
         }                                                                                         \
+        free(ready);                                                                              \
     }
+
+/* QK-norm and RoPE of one head (d). */
+static void turn(float *x, long d, int normalises, const float *cos, const float *sin) {
+    if (normalises) normalise(x, d, &(struct norm){2, 1.1920929e-7f, 0, 0});
+    for (long i = 0; cos && i < d / 2; i++) {
+        float first = x[i], second = x[i + d / 2];
+        x[i] = first * cos[i] + second * sin[i];
+        x[i + d / 2] = second * cos[i + d / 2] + first * sin[i + d / 2];
+    }
+}
 
 ATTEND(float32, float)
 ATTEND(bfloat16, uint16_t)

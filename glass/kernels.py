@@ -91,22 +91,48 @@ def processor():
     return "\n".join(line for line in lines if line.startswith(named))
 
 
+class Norm(ctypes.Structure):
+    """struct norm of kernels.c, for a norm of a model. It keeps the float32 weights that it names."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int),
+        ("eps", ctypes.c_float),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+    def __init__(self, norm=None):
+        if norm is None:
+            super().__init__(0)
+            return
+        self.kept = [wide(norm.weight), wide(getattr(norm, "bias", None))]
+        kind = 1 if isinstance(norm, torch.nn.LayerNorm) else 2
+        super().__init__(kind, norm.eps, *map(address, self.kept))
+
+
+NO_NORM = Norm()
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_exact": 2, "relu2": 3, "swiglu": 4}
+ARGUMENTS = {  # of the C functions: pointers, sizes, flags
+    "rows": [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 4,
+    "attend": [ctypes.c_void_p] * 7 + [ctypes.c_long] * 5 + [ctypes.c_int] * 3,
+}
+
+
+def wide(tensor):
+    """A tensor in float32, contiguous, without a gradient; None stays None."""
+    return None if tensor is None else tensor.detach().float().contiguous()
+
+
+def address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
 @functools.cache
-def function(kind, dtype, n_tensors, n_sizes):
-    """The C function of a kind for weights, or a cache, of a dtype; see `call`."""
+def function(kind, dtype):
+    """The C function of a kind for weights, or a cache, of a dtype."""
     found = getattr(library(), f"{kind}_{str(dtype).removeprefix('torch.')}")
-    found.argtypes = [ctypes.c_void_p] * n_tensors + [ctypes.c_long] * n_sizes
-    found.argtypes += [ctypes.c_int] * 2
-    found.restype = None
+    found.argtypes, found.restype = ARGUMENTS[kind], None
     return found
-
-
-def call(kind, dtype, x, tensors, sizes):
-    """Call a C function on contiguous tensors (or None) and sizes. x: float32 or bfloat16."""
-    pointers = [each if each is None else each.data_ptr() for each in tensors]
-    is_half = x.dtype == torch.bfloat16
-    called = function(kind, dtype, len(tensors), len(sizes))
-    called(*pointers, *sizes, is_half, torch.get_num_threads())
 
 
 def in_huge_pages(tensor):
@@ -137,25 +163,54 @@ def can_multiply(x):
     )
 
 
-def multiply_rows(weight, x, bias=None, scale=None):
-    """x (..., K) times weight (N, K) transposed, plus bias (N,) in float32 -> (..., N).
+def multiply_rows(weight, x, bias=None, scale=None, norm=NO_NORM, activation=None, onto=None):
+    """activation(norm(x) weight^T + bias) + onto: x (..., K), weight (N, K) -> (..., N).
 
-    weight: float32, bfloat16, or int8 with a scale (N,) in float32.
+    weight: float32, bfloat16, or int8 with a scale (N,). bias and scale are float32. norm: a Norm.
+    activation: a setting of `mlp`; for swiglu the weight is that of the gate, then that of the other
+    product, and the result has half its rows. onto (..., N), contiguous, is overwritten.
     """
     (N, K), x = weight.shape, x.contiguous()
-    y = x.new_empty(*x.shape[:-1], N)
-    tensors = (weight, x, bias, y) if scale is None else (weight, scale, x, bias, y)
-    call("rows", weight.dtype, x, tensors, (N, K, x.numel() // K))
+    N = N // 2 if activation == "swiglu" else N
+    y = x.new_empty(*x.shape[:-1], N) if onto is None else onto
+    function("rows", weight.dtype)(
+        weight.data_ptr(),
+        address(scale),
+        x.data_ptr(),
+        address(bias),
+        y.data_ptr(),
+        ctypes.byref(norm),
+        N,
+        K,
+        x.numel() // K,
+        ACTIVATIONS[activation],
+        onto is not None,
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return y
 
 
-def attend(q, k, v, lengths):
-    """Attention of one new token in each row: q (B, H, 1, D) -> (B, H, 1, D).
+def attend(qkv, n_head, k, v, positions, rotation, normalises):
+    """Attention of one new token in each row: qkv (B, 1, H + 2 Hkv, D) -> (B, 1, H * D).
 
-    k, v (B, Hkv, S, D): the first positions of larger tensors, a cache. lengths (B,): how many of
-    them each row attends to; int64.
+    k, v (B, Hkv, S, D): the cache, which gets the new keys and values at positions (B,), int64.
+    rotation: of the positions, as rope_rotation gives it, or None. normalises: QK-norm.
     """
-    (B, H, _, D), q = q.shape, q.contiguous()
-    y, room = torch.empty_like(q), k.stride(1) // D
-    call("attend", k.dtype, q, (q, k, v, y, lengths), (B, H, k.shape[1], room, D))
+    B, _, _, D = qkv.shape
+    y = qkv.new_empty(B, 1, n_head * D)
+    angles = [None, None]
+    if rotation is not None:
+        angles = [wide(each.expand(B, 1, 1, D)) for each in rotation]
+    function("attend", k.dtype)(
+        *map(address, (qkv, k, v, y, positions, *angles)),
+        B,
+        n_head,
+        k.shape[1],
+        k.stride(1) // D,
+        D,
+        normalises,
+        qkv.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return y
