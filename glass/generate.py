@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from glass import kernels
-from model import Attention, Block, SwiGLU, draw
+from model import Attention, SwiGLU, draw
 
 # Drawing the next token.
 
@@ -401,33 +401,28 @@ class JoinedAttention(Attention):
         return qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
 
 
-class FastBlock(Block):
-    """A Block that takes one token of each row in five calls of kernels.c, others as Block does."""
+class FastDecode:
+    """model.decode by kernels.c: all blocks in one call. Where it cannot be, the model's own."""
 
-    def __init__(self, block, config):
-        nn.Module.__init__(self)
-        self.attn_norm, self.mlp_norm = block.attn_norm, block.mlp_norm
-        self.attn = JoinedAttention(block.attn)
-        self.mlp = JoinedSwiGLU(block.mlp) if config.mlp == "swiglu" else block.mlp
-        self.activation, self.qk_norm, self.norms = config.mlp, config.qk_norm, None
+    def __init__(self, model):
+        self.model, self.blocks = model, None
 
-    def forward(self, x, positions, rotation, mask, cache=None):
-        if cache is None or x.shape[1] > 1 or not kernels.can_multiply(x) or self.is_watched():
-            return super().forward(x, positions, rotation, mask, cache)
-        attn, mlp, B = self.attn, self.mlp, len(x)
-        if self.norms is None:
-            self.norms = kernels.Norm(self.attn_norm), kernels.Norm(self.mlp_norm)
-        qkv = attn.qkv_proj.by_kernel(x, norm=self.norms[0]).view(B, 1, -1, attn.head_dim)
-        k, v = cache.k[attn.layer], cache.v[attn.layer]
-        places = positions.expand(B, 1).flatten().contiguous()  # (B,)
-        y = kernels.attend(qkv, attn.n_head, k, v, places, rotation, self.qk_norm)  # (B, 1, H * D)
-        x = attn.o_proj.by_kernel(y, onto=x.clone())
-        inner = mlp.up_proj.by_kernel(x, norm=self.norms[1], activation=self.activation)
-        return mlp.down_proj.by_kernel(inner, onto=x)
+    def __call__(self, ids, cache):
+        model = self.model
+        embedded, positions, rotation, _ = model.embed(ids[:, None], cache)
+        has_cache = cache.max_len and cache.k[0].dtype in (torch.float32, torch.bfloat16)
+        by_kernel = kernels.can_multiply(embedded) and has_cache and not model.training
+        if not by_kernel or self.is_watched():
+            return type(model).decode(model, ids, cache)
+        if self.blocks is None or not self.blocks.are_of(model):
+            self.blocks, self.norm = kernels.Blocks(model), kernels.Norm(model.final_norm)
+        x = self.blocks.run(embedded[:, 0], positions, rotation, cache)
+        cache.advance(1)
+        return model.head.by_kernel(x, norm=self.norm)
 
     def is_watched(self):
-        """Whether hooks look at parts of the block, or change them."""
-        parts = (self.attn, self.attn.o_proj, self.mlp)
+        """Whether hooks look at parts of the model, or change them."""
+        parts = [each for b in self.model.blocks for each in (b, b.attn, b.attn.o_proj, b.mlp)]
         return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
@@ -443,8 +438,10 @@ def speed_up(model, quantize=None, compile=False):
     model.merge_lora()
     fast = RowLinear if quantize is None else Int8Linear
     if quantize or model.device.type == "cpu":
-        for layer, block in enumerate(model.blocks):
-            model.blocks[layer] = FastBlock(block, model.config).train(model.training)
+        for block in model.blocks:
+            block.attn = JoinedAttention(block.attn).train(model.training)
+            if model.config.mlp == "swiglu":
+                block.mlp = JoinedSwiGLU(block.mlp).train(model.training)
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):
@@ -452,6 +449,8 @@ def speed_up(model, quantize=None, compile=False):
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = kernels.in_huge_pages(tensor.detach())
     if not compile:
+        if model.device.type == "cpu" and model.config.n_layer:
+            model.decode = FastDecode(model)
         return None
     # The weights do not change. Checking every module for changes would cost 0.4 ms per token of
     # GPT-2 124M.

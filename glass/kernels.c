@@ -264,20 +264,20 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
     free(rows);
 }
 
-/* Attention of one new token in each of b rows. qkv (b, h + 2 hkv, d) is in float32 or, if half,
-   bfloat16, as y (b, h, d). k and v (b, hkv, room, d) hold positions[j] earlier tokens of row j, and
+/* Attention of one new token in each of b rows: qkv (b, h + 2 hkv, d) to y (b, h, d). k and v (b, hkv, room, d) hold positions[j] earlier tokens of row j, and
    get the new one. normalises: queries and keys are divided by their root mean square. cos and sin
    (b, d), as rope_rotation of model.py gives them, or NULL. */
 #define ATTEND(kind, type)                                                                        \
-    void attend_##kind(const void *qkv, type *k, type *v, void *y, const int64_t *positions,      \
-                       const float *cos, const float *sin, long b, long h, long hkv, long room,   \
-                       long d, int normalises, int half, int threads) {                           \
+    static void attend_##kind(const float *qkv, type *k, type *v, float *y,                       \
+                              const int64_t *positions, const float *cos, const float *sin,       \
+                              long b, long h, long hkv, long room, long d, int normalises,        \
+                              int threads) {                                                      \
         long all = h + 2 * hkv, is_float = sizeof(type) == 4;                                     \
         float *ready = malloc(sizeof(float) * b * all * d);                                       \
         EACH for (long each = 0; each < b * all; each++) {                                        \
             long row = each / all, head = each % all, position = positions[row];                  \
             float *own = ready + each * d;                                                        \
-            for (long i = 0; i < d; i++) own[i] = get(qkv, each * d + i, half);                   \
+            memcpy(own, qkv + each * d, sizeof(float) * d);                                       \
             if (head < h + hkv) turn(own, d, normalises, cos ? cos + row * d : 0, sin + row * d); \
             if (head < h) continue;                                                               \
             long shared = (head - h) % hkv;                                                       \
@@ -306,7 +306,7 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
                 float share = weight[t] / total;                                                  \
                 for (long i = 0; i < d; i++) result[i] += share * of_##kind(values[t * d + i]);   \
             }                                                                                     \
-            for (long i = 0; i < d; i++) put(y, each * d + i, half, result[i]);                   \
+            memcpy(y + each * d, result, sizeof(float) * d);                                      \
             free(weight);                                                                         \
         }                                                                                         \
         free(ready);                                                                              \
@@ -324,3 +324,59 @@ static void turn(float *x, long d, int normalises, const float *cos, const float
 
 ATTEND(float32, float)
 ATTEND(bfloat16, uint16_t)
+
+/* The blocks of a model. Their float32 stream x (b, c) goes through all of them, in place. */
+struct linear {
+    const void *weight;
+    const float *scale, *bias;
+    long n, k;
+    int kind; /* 0: float32, 1: bfloat16, 2: int8 */
+};
+
+struct block {
+    struct norm attn_norm, mlp_norm;
+    struct linear qkv, o, up, down;
+    float stream_share, embed_share; /* of what the block reads */
+};
+
+struct shape {
+    long h, hkv, d, room;
+    int activation, normalises, cache_is_half;
+};
+
+static void multiply(const struct linear *own, const float *x, float *y, const struct norm *norm,
+                     long b, int activation, int adds, int threads) {
+    const void *w = own->weight;
+    long n = own->n, k = own->k;
+    if (own->kind == 0) rows_float32(w, 0, x, own->bias, y, norm, n, k, b, activation, adds, 0, threads);
+    if (own->kind == 1) rows_bfloat16(w, 0, x, own->bias, y, norm, n, k, b, activation, adds, 0, threads);
+    if (own->kind == 2)
+        rows_int8(w, own->scale, x, own->bias, y, norm, n, k, b, activation, adds, 0, threads);
+}
+
+void run_blocks(const struct block *blocks, const struct shape *shape, float *x, void *const *keys,
+                void *const *values, const int64_t *positions, const float *cos, const float *sin,
+                long n_layer, long b, int threads) {
+    const struct norm none = {0, 0, 0, 0};
+    if (!n_layer) return;
+    long c = blocks->qkv.k, h = shape->h, hkv = shape->hkv, d = shape->d, room = shape->room;
+    float *embedded = malloc(sizeof(float) * b * (c + blocks->qkv.n + h * d + blocks->up.n));
+    float *qkv = embedded + b * c, *y = qkv + b * blocks->qkv.n, *inner = y + b * h * d;
+    memcpy(embedded, x, sizeof(float) * b * c);
+    for (long layer = 0; layer < n_layer; layer++) {
+        const struct block *own = blocks + layer;
+        for (long i = 0; i < b * c; i++)
+            x[i] = own->stream_share * x[i] + own->embed_share * embedded[i];
+        multiply(&own->qkv, x, qkv, &own->attn_norm, b, NONE, 0, threads);
+        if (shape->cache_is_half)
+            attend_bfloat16(qkv, keys[layer], values[layer], y, positions, cos, sin, b, h, hkv, room,
+                            d, shape->normalises, threads);
+        else
+            attend_float32(qkv, keys[layer], values[layer], y, positions, cos, sin, b, h, hkv, room,
+                           d, shape->normalises, threads);
+        multiply(&own->o, y, x, &none, b, NONE, 1, threads);
+        multiply(&own->up, x, inner, &own->mlp_norm, b, shape->activation, 0, threads);
+        multiply(&own->down, inner, x, &none, b, NONE, 1, threads);
+    }
+    free(embedded);
+}

@@ -110,12 +110,45 @@ class Norm(ctypes.Structure):
         super().__init__(kind, norm.eps, *map(address, self.kept))
 
 
+class Linear(ctypes.Structure):
+    """struct linear, for a RowLinear or Int8Linear of generate.py."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_long),
+        ("k", ctypes.c_long),
+        ("kind", ctypes.c_int),
+    ]
+
+    def __init__(self, linear, n=None):
+        scale = getattr(linear, "wide_scale", None)
+        self.kept = [linear.weight.detach(), scale, linear.wide_bias]
+        N, K = linear.weight.shape
+        super().__init__(*map(address, self.kept), n or N, K, KINDS[linear.weight.dtype])
+
+
+class OneBlock(ctypes.Structure):
+    """struct block, for a Block with joined products."""
+
+    _fields_ = [("attn_norm", Norm), ("mlp_norm", Norm)]
+    _fields_ += [(name, Linear) for name in ("qkv", "o", "up", "down")]
+    _fields_ += [("stream_share", ctypes.c_float), ("embed_share", ctypes.c_float)]
+
+
+class Shape(ctypes.Structure):
+    """struct shape."""
+
+    _fields_ = [(name, ctypes.c_long) for name in ("h", "hkv", "d", "room")]
+    _fields_ += [(name, ctypes.c_int) for name in ("activation", "normalises", "cache_is_half")]
+
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 NO_NORM = Norm()
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_exact": 2, "relu2": 3, "swiglu": 4}
-ARGUMENTS = {  # of the C functions: pointers, sizes, flags
-    "rows": [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 4,
-    "attend": [ctypes.c_void_p] * 7 + [ctypes.c_long] * 5 + [ctypes.c_int] * 3,
-}
+ROWS = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 4  # arguments
+RUN_BLOCKS = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 2 + [ctypes.c_int]
 
 
 def wide(tensor):
@@ -128,10 +161,10 @@ def address(tensor):
 
 
 @functools.cache
-def function(kind, dtype):
-    """The C function of a kind for weights, or a cache, of a dtype."""
-    found = getattr(library(), f"{kind}_{str(dtype).removeprefix('torch.')}")
-    found.argtypes, found.restype = ARGUMENTS[kind], None
+def function(name, *arguments):
+    """A C function by its name, with the types of its arguments."""
+    found = getattr(library(), name)
+    found.argtypes, found.restype = arguments, None
     return found
 
 
@@ -173,7 +206,7 @@ def multiply_rows(weight, x, bias=None, scale=None, norm=NO_NORM, activation=Non
     (N, K), x = weight.shape, x.contiguous()
     N = N // 2 if activation == "swiglu" else N
     y = x.new_empty(*x.shape[:-1], N) if onto is None else onto
-    function("rows", weight.dtype)(
+    function(f"rows_{str(weight.dtype)[6:]}", *ROWS)(
         weight.data_ptr(),
         address(scale),
         x.data_ptr(),
@@ -191,26 +224,61 @@ def multiply_rows(weight, x, bias=None, scale=None, norm=NO_NORM, activation=Non
     return y
 
 
-def attend(qkv, n_head, k, v, positions, rotation, normalises):
-    """Attention of one new token in each row: qkv (B, 1, H + 2 Hkv, D) -> (B, 1, H * D).
+class Blocks:
+    """The blocks of a model, as kernels.c runs them on one token of each row."""
 
-    k, v (B, Hkv, S, D): the cache, which gets the new keys and values at positions (B,), int64.
-    rotation: of the positions, as rope_rotation gives it, or None. normalises: QK-norm.
-    """
-    B, _, _, D = qkv.shape
-    y = qkv.new_empty(B, 1, n_head * D)
-    angles = [None, None]
-    if rotation is not None:
-        angles = [wide(each.expand(B, 1, 1, D)) for each in rotation]
-    function("attend", k.dtype)(
-        *map(address, (qkv, k, v, y, positions, *angles)),
-        B,
-        n_head,
-        k.shape[1],
-        k.stride(1) // D,
-        D,
-        normalises,
-        qkv.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
-    return y
+    def __init__(self, model):
+        config, kept = model.config, []
+        self.model, self.weights = model, weights_of(model)
+        shares = [(1.0, 0.0)] * config.n_layer
+        if config.embed_skip:
+            mix = model.block_input
+            shares = list(zip(mix.stream_share.tolist(), mix.embed_share.tolist(), strict=True))
+        self.blocks = (OneBlock * config.n_layer)()
+        for own, block, share in zip(self.blocks, model.blocks, shares, strict=True):
+            parts = [Norm(block.attn_norm), Norm(block.mlp_norm)]
+            parts += [Linear(block.attn.qkv_proj), Linear(block.attn.o_proj)]
+            parts += [Linear(block.mlp.up_proj, config.n_inner), Linear(block.mlp.down_proj)]
+            for (name, _), part in zip(OneBlock._fields_, parts, strict=False):
+                setattr(own, name, part)
+            own.stream_share, own.embed_share = share
+            kept += parts  # they hold the tensors that the pointers name
+        self.kept = kept
+        self.shape = Shape(config.n_head, config.n_kv_head, config.head_dim)
+        self.shape.activation, self.shape.normalises = ACTIVATIONS[config.mlp], config.qk_norm
+
+    def are_of(self, model):
+        """Whether the model still has the weights that it had here."""
+        return self.weights == weights_of(model)
+
+    def run(self, x, positions, rotation, cache):
+        """The residual stream x (B, C) after all blocks: (B, C) float32.
+
+        The cache gets the keys and values of the token at positions (T,) or (B, T), T = 1.
+        """
+        (B, _), D = x.shape, self.shape.d
+        x = x.to(torch.float32, copy=True).contiguous()
+        places = positions.expand(B, 1).contiguous()
+        angles = [wide(each.expand(B, 1, 1, D)) for each in rotation] if rotation else [None, None]
+        stores = [(ctypes.c_void_p * len(own))(*map(address, own)) for own in (cache.k, cache.v)]
+        self.shape.room = cache.max_len
+        self.shape.cache_is_half = cache.k[0].dtype == torch.bfloat16
+        function("run_blocks", *RUN_BLOCKS)(
+            ctypes.byref(self.blocks),
+            ctypes.byref(self.shape),
+            x.data_ptr(),
+            *stores,
+            *map(address, (places, *angles)),
+            len(self.blocks),
+            B,
+            torch.get_num_threads(),
+        )
+        return x
+
+
+def weights_of(model):
+    """What changes when a model gets other weights, or its weights another dtype."""
+    return [
+        address(model.tok_emb.weight),
+        *map(address, (b.mlp.down_proj.weight for b in model.blocks)),
+    ]
