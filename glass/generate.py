@@ -438,10 +438,12 @@ def speed_up(model, quantize=None, compile=False):
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} must be int8 or None")
     model.merge_lora()
-    building = threading.Thread(target=kernels.library)
-    building.start()
+    is_cpu = model.device.type == "cpu"
+    building = threading.Thread(target=kernels.library)  # while the weights move
+    if is_cpu:
+        building.start()
     fast = RowLinear if quantize is None else Int8Linear
-    if quantize or model.device.type == "cpu":
+    if quantize or is_cpu:
         for block in model.blocks:
             block.attn = JoinedAttention(block.attn).train(model.training)
             if model.config.mlp == "swiglu":
@@ -452,8 +454,9 @@ def speed_up(model, quantize=None, compile=False):
                     setattr(parent, name, fast(child))
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = kernels.in_huge_pages(tensor.detach())
-    building.join()
-    by_kernel = model.device.type == "cpu" and kernels.library() is not None
+    if is_cpu:
+        building.join()
+    by_kernel = is_cpu and kernels.library() is not None
     if by_kernel and model.config.n_layer:
         model.decode = FastDecode(model)
     if by_kernel or not compile:

@@ -4,9 +4,10 @@
         y = multiply_rows(weight, x)
 
 The library is kept in the user's cache, by its text, the compiler and the processor, so it is built
-once, in half a second. It runs on the threads that torch has: a second set would wait for the first.
+once, in two seconds. It runs on the threads that torch has: a second set would wait for the first.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -36,13 +37,13 @@ def library():
     text = SOURCE.read_text()
     key = "\n".join([text, compiler, openmp, processor(), *FLAGS])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    try:
-        path = cache_folder() / name
-        if not path.exists():
-            build(compiler, openmp, path)
+    path = cache_folder() / name
+    with contextlib.suppress(OSError):  # it is not there yet
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        build(compiler, openmp, path)
+        return ctypes.CDLL(str(path))
+    return None
 
 
 def build(compiler, openmp, path):
@@ -60,13 +61,13 @@ def build(compiler, openmp, path):
 
 def cache_folder():
     """Where libraries are kept: in the user's cache, else a folder of this process."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "glassgpt")
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "glassgpt")
         folder.mkdir(parents=True, exist_ok=True)
         is_ours = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
         if is_ours and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
     return Path(tempfile.mkdtemp(prefix="glassgpt-"))
 

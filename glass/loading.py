@@ -28,7 +28,7 @@ class ModelSettings:
     which: Literal["best", "last"] | int = "best"  # the lowest validation loss, the last, or a step
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
-    compile: bool = False  # torch.compile the one-token step; the second token waits for it
+    compile: bool = False  # torch.compile the one-token step, where kernels.c does not do it
     quantize: Literal["int8"] | None = None  # int8 weights: a quarter of float32's bytes
 
 
