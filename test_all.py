@@ -7243,6 +7243,17 @@ def test_hooks_see_blocks_that_the_kernel_would_take(monkeypatch):
     assert torch.equal(changed, generate.generate(model, idx, 4, temperature=0))
 
 
+def test_several_tokens_of_bfloat16_attend_in_float32_where_that_is_faster():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 8).bfloat16()
+    mask = model_module.causal_mask(torch.arange(9), 9)
+    attend = model_module.explicit_attention
+    found = generate.in_float32(attend)(q, k, v, mask, torch.nn.Identity())
+    expected = attend(q.float(), k.float(), v.float(), mask, torch.nn.Identity())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.bfloat16())
+
+
 @needs_compiler
 def test_the_kernel_leaves_denormal_numbers_alone():
     smallest = torch.tensor([1e-45])
@@ -7430,6 +7441,8 @@ PUBLISHED_SETTINGS = {
     "llama head_dim 16": ("llama", dict(head_dim=16, num_key_value_heads=2)),
     "llama attention bias": ("llama", dict(attention_bias=True, num_key_value_heads=2)),
     "llama mlp bias": ("llama", dict(mlp_bias=True, attention_bias=True)),
+    "qwen2": ("qwen2", dict(num_key_value_heads=2)),
+    "qwen2 tied": ("qwen2", dict(tie_word_embeddings=True)),
     "llama scaled by 8": ("llama", scaled(8.0) | dict(num_key_value_heads=2)),
     "llama scaled by 32": (
         "llama",
@@ -7447,6 +7460,10 @@ def published_model(kind, seed=0, **settings):
     if kind == "gpt2":
         model = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(**(GPT2_PARTS | no_stop | settings))
+        )
+    elif kind == "qwen2":
+        model = transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(**(PARTS_OF_LLAMA | no_stop | settings))
         )
     else:
         model = transformers.LlamaForCausalLM(

@@ -271,8 +271,7 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias  # (N, K), (N,)
         self.wide_bias = kernels.wide(linear.bias)
-        is_cpu = linear.weight.device.type == "cpu"
-        self.converts = is_cpu and not torch.cpu._is_avx512_bf16_supported()
+        self.converts = linear.weight.device.type == "cpu" and emulates_bfloat16()
 
     def forward(self, x):
         if kernels.can_multiply(x):
@@ -371,6 +370,22 @@ def joined(*linears):
     return linear
 
 
+def emulates_bfloat16():
+    """Whether this CPU multiplies bfloat16 so slowly that converting to float32 pays."""
+    return not torch.cpu._is_avx512_bf16_supported()
+
+
+def in_float32(attend):
+    """An attention function that takes several tokens of bfloat16 on a CPU in float32."""
+
+    def converting(q, k, v, mask, dropout):
+        if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.shape[2] == 1:
+            return attend(q, k, v, mask, dropout)
+        return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
+
+    return converting
+
+
 class JoinedSwiGLU(SwiGLU):
     """SwiGLU with one product for the gate and what it gates."""
 
@@ -392,7 +407,8 @@ class JoinedAttention(Attention):
         self.layer, self.head_dim = attn.layer, attn.head_dim
         self.n_head, self.n_kv_head = attn.n_head, attn.n_kv_head
         self.qkv_proj = joined(attn.q_proj, attn.k_proj, attn.v_proj)
-        self.o_proj, self.prepare, self.attend = attn.o_proj, attn.prepare, attn.attend
+        self.o_proj, self.prepare = attn.o_proj, attn.prepare
+        self.attend = in_float32(attn.attend) if emulates_bfloat16() else attn.attend
         self.attn_dropout, self.o_dropout = attn.attn_dropout, attn.o_dropout
 
     def project(self, x):
