@@ -4709,15 +4709,23 @@ def test_a_long_prompt_does_not_stall_the_others_for_more_than_a_piece(running, 
     assert len(events) == 3
     own.waiting.append(rows[1])
     widths = []
-    hidden = loaded.model.hidden
-    monkeypatch.setattr(
-        loaded.model, "hidden", lambda idx, cache: (widths.append(idx.shape), hidden(idx, cache))[1]
-    )
+    hidden, decode = loaded.model.hidden, loaded.model.decode
+
+    def watched_hidden(idx, cache):
+        widths.extend([idx.shape[1]] * (idx.shape[1] > 1))
+        return hidden(idx, cache)
+
+    def watched_decode(ids, cache):
+        widths.append(1)
+        return decode(ids, cache)
+
+    monkeypatch.setattr(loaded.model, "hidden", watched_hidden)
+    monkeypatch.setattr(loaded.model, "decode", watched_decode)
     while own.has_work:
         list(own.advance())
-    pieces = [width for width in widths if width[1] > 1]
-    assert pieces == [(1, 8)] * 7 + [(1, 4)]
-    first = widths.index((1, 8))
+    pieces = [width for width in widths if width > 1]
+    assert pieces == [8] * 7 + [4]
+    first = widths.index(8)
     assert widths[first : first + 16 : 2] == pieces  # a token of the other row after each piece
 
 

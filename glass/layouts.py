@@ -1,8 +1,8 @@
 """How others write a model down: config.json and the names of tensors, for each kind they have.
 
-Hugging Face's names occur only in the tables here. `read_config` takes a config.json to a GPTConfig,
-`published_config` the other way. A model that no published kind expresses is written as our own,
-with the code that computes it: see modeling_glassgpt.py.
+Hugging Face's names occur only in the tables here and in gguf_files.py. `read_config` takes a
+config.json to a GPTConfig, `published_config` the other way. A model that no published kind expresses
+is written as our own, with the code that computes it: see modeling_glassgpt.py.
 """
 
 import json

@@ -96,8 +96,9 @@ check("9.1", read_tensor)
 # %% [markdown]
 # ## The same model under other names
 #
-# Everyone names the parts of a model differently. The tables in `glass/weights.py` say which module of theirs is which
-# of ours; `*` is the number of a block. These tables are the only place where Hugging Face's names occur.
+# Everyone names the parts of a model differently. The tables in `glass/layouts.py` say which module of theirs is which
+# of ours; `*` is the number of a block. Hugging Face's names occur only here and in the table that leads on to
+# llama.cpp's, in `glass/gguf_files.py`.
 
 # %%
 for theirs, ours in weights.GPT2.modules.items():
@@ -269,7 +270,7 @@ assert all(equal)
 # %% [markdown]
 # ## Break it
 #
-# In `glass/weights.py`, remove `"c_proj"` from `transposed` of the layout GPT2 and run this lesson again. Loading
+# In `glass/layouts.py`, remove `"c_proj"` from `transposed` of the layout GPT2 and run this lesson again. Loading
 # stops with an error about a shape: of mlp.c_proj, which is no square. Now think of a model whose MLP is as wide as its
 # stream: there nothing would stop you. In `test_all.py` the tests of parity with `transformers` are what fails.
 #
@@ -277,8 +278,9 @@ assert all(equal)
 #
 # | what | where |
 # |---|---|
-# | names, transposes, joined matrices | `glass/weights.py`: `Layout`, `GPT2`, `LLAMA`, `tensor_names`, `as_stored` |
-# | what a config.json may say | `glass/weights.py`: `read_config` |
+# | names, transposes | `glass/layouts.py`: `Layout`, `GPT2`, `LLAMA`, `tensor_names` |
+# | joined matrices | `glass/weights.py`: `as_stored` |
+# | what a config.json may say | `glass/layouts.py`: `read_config` |
 # | loading one tensor at a time, writing | `glass/weights.py`: `load_pretrained`, `save_pretrained` |
 # | published tokenizers | `glass/hf_tokenizer.py` |
 # | try it | `python sample.py --init_from=gpt2 --start "The"`, `python sample.py --export=FOLDER` |

@@ -293,7 +293,7 @@ print(f"accuracy from the first position: {(first == labels).float().mean():.3f}
 # |---|---|
 # | the head on the last token | `model.py`: `GPT.classify` |
 # | the stage, its figures | `finetune.py`: `Classify` |
-# | what is frozen | `finetune.py`: `freeze` (`--trainable`, `--freeze`) |
+# | what is frozen | `glass/tuned.py`: `freeze` (`--trainable`, `--freeze`) |
 # | LoRA | `model.py`: `LoRALinear` |
 # | the bag of tokens | `glass/stage.py`: `bag_of_tokens` |
 # | try it | `python train.py`, then `python finetune.py config/finetune_lines.py` |
