@@ -361,7 +361,9 @@ def main(argv):
         print("\n".join([f"{settings.export} is a file that llama.cpp runs", *lines]))
     elif settings.export:
         loaded.model.save_pretrained(settings.export, loaded.tokenizer)
-        print(f"{settings.export} is a folder that transformers loads")
+        has_code = (Path(settings.export) / "modeling_glassgpt.py").exists()
+        how = ", with trust_remote_code=True: it holds our own code" if has_code else ""
+        print(f"{settings.export} is a folder that transformers loads{how}")
     elif settings.classify is not None:
         print_classes(settings, loaded)
     elif settings.show_lens or settings.show_attention is not None:

@@ -179,7 +179,8 @@ def in_huge_pages(tensor):
         return tensor
     size = -(-tensor.nbytes // HUGE) * HUGE + HUGE
     space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    space.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a Linux that was built without them
+        space.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(space, dtype=torch.uint8)
     first = -memory.data_ptr() % HUGE
     placed = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
