@@ -10,6 +10,7 @@ random, since speed depends on the shape of a model alone.
 """
 
 import importlib.util
+import shutil
 import sys
 import tempfile
 import time
@@ -59,7 +60,7 @@ def main(argv):
         print_results(s, batch_size, steps_per_s, warm_up, results)
     print(f"peak memory of the process: {peak_memory(device) / 1e6:,.0f} MB")
     if gguf:
-        gguf.unlink()
+        shutil.rmtree(gguf.parent)
 
 
 def config_of(name):
@@ -137,6 +138,8 @@ def write_gguf(model, quantize):
     """A temporary file that llama.cpp runs: its path."""
     from glass.gguf_files import save_gguf
 
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise OSError("peer=llama.cpp needs its package: pip install llama-cpp-python gguf")
     path = Path(tempfile.mkdtemp(prefix="glassgpt-bench-"), "model.gguf")
     save_gguf(model, path, quantize=quantize)
     return path

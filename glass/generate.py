@@ -254,6 +254,9 @@ class TextStream:
 class RowLinear(nn.Module):
     """nn.Linear that multiplies a single row on all cores: x (..., K) -> (..., N).
 
+    Up to kernels.MOST_ROWS rows are multiplied by kernels.c. The rest is for where it cannot be built,
+    and for more rows.
+
     On two cores, for float32 (1, 768) x (768, 3072): F.linear takes 554 us (17 GB/s). Two halves as
     a batch take 374 us (25 GB/s). Compiled, product and sum are one loop, which takes 245 us (38
     GB/s), or 117 us (40 GB/s) in bfloat16.
@@ -295,9 +298,9 @@ class RowLinear(nn.Module):
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], N)
 
-    def by_kernel(self, x, **fused):
-        """The product by kernels.multiply_rows, which can do more in the same call."""
-        return kernels.multiply_rows(self.weight, x, self.wide_bias, **fused)
+    def by_kernel(self, x, norm=kernels.NO_NORM):
+        """The product, of what a kernels.Norm makes of x, by kernels.multiply_rows."""
+        return kernels.multiply_rows(self.weight, x, self.wide_bias, norm=norm)
 
     def turns_product(self, x):
         """Whether x has few rows, and the matrix is so large that weights times rows is faster."""
@@ -317,7 +320,7 @@ class Int8Linear(nn.Module):
     """nn.Linear with weights rounded to int8 and one scale per output row: x (..., K) -> (..., N).
 
     A weight is off by at most half a step; a step is about 1/127 of the largest weight of its row.
-    On a CPU, x is rounded to bfloat16 unless the product is compiled.
+    On a CPU, the kernel rounds x to 15 bits and a sign, torch to bfloat16; compiled, x stays as it is.
     """
 
     def __init__(self, linear):
@@ -344,9 +347,9 @@ class Int8Linear(nn.Module):
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], N).to(x.dtype)
 
-    def by_kernel(self, x, **fused):
+    def by_kernel(self, x, norm=kernels.NO_NORM):
         """As RowLinear's."""
-        return kernels.multiply_rows(self.weight, x, self.wide_bias, self.wide_scale, **fused)
+        return kernels.multiply_rows(self.weight, x, self.wide_bias, self.wide_scale, norm)
 
 
 def row_product(weight, x):
@@ -426,11 +429,12 @@ class FastDecode:
 
     def __call__(self, ids, cache):
         model = self.model
-        embedded, positions, rotation, _ = model.embed(ids[:, None], cache)
-        has_cache = cache.max_len and cache.k[0].dtype in (torch.float32, torch.bfloat16)
-        by_kernel = kernels.can_multiply(embedded) and has_cache and not model.training
+        like_rows = model.tok_emb.weight.detach()[: len(ids)]  # of what is embedded below
+        has_cache = cache.k[0].dtype in (torch.float32, torch.bfloat16)
+        by_kernel = kernels.can_multiply(like_rows) and has_cache and not model.training
         if not by_kernel or self.is_watched():
             return type(model).decode(model, ids, cache)
+        embedded, positions, rotation, _ = model.embed(ids[:, None], cache)
         if self.blocks is None or not self.blocks.are_of(model):
             self.blocks, self.norm = kernels.Blocks(model), kernels.Norm(model.final_norm)
         x = self.blocks.run(embedded[:, 0], positions, rotation, cache)

@@ -64,10 +64,8 @@ static inline void put(void *y, long i, int half, float value) {
 
 /* A row w (k) times n rows x[j] (k), into s (n). n is 1 or 2, and known where this is inlined. Four
    sums each, since one alone waits for its own last addition. w is read once, from one end to the
-   other, as memory likes it best. x is as `prepare` of the same type leaves it. */
-/* Memory is asked for four kilobytes before it is needed. */
+   other, and asked for eight kilobytes ahead. x is as `prepare` of the same type leaves it. */
 #define AHEAD(p) __builtin_prefetch((const char *)(p) + 8192)
-
 #define DOT static inline __attribute__((always_inline)) void
 
 static void prepare_float32(const float *x, long k, float *prepared) {
@@ -264,9 +262,10 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
     free(rows);
 }
 
-/* Attention of one new token in each of b rows: qkv (b, h + 2 hkv, d) to y (b, h, d). k and v (b, hkv, room, d) hold positions[j] earlier tokens of row j, and
-   get the new one. normalises: queries and keys are divided by their root mean square. cos and sin
-   (b, d), as rope_rotation of model.py gives them, or NULL. */
+/* Attention of one new token in each of b rows: qkv (b, h + 2 hkv, d) to y (b, h, d). k and v
+   (b, hkv, room, d) hold positions[j] earlier tokens of row j, and get the new one. normalises:
+   queries and keys are divided by their root mean square. cos and sin (b, d), as rope_rotation of
+   model.py gives them, or NULL. */
 #define ATTEND(kind, type)                                                                        \
     static void attend_##kind(const float *qkv, type *k, type *v, float *y,                       \
                               const int64_t *positions, const float *cos, const float *sin,       \

@@ -147,7 +147,7 @@ class Shape(ctypes.Structure):
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 NO_NORM = Norm()
-ACTIVATIONS = {None: 0, "gelu": 1, "gelu_exact": 2, "relu2": 3, "swiglu": 4}
+ACTIVATIONS = {"gelu": 1, "gelu_exact": 2, "relu2": 3, "swiglu": 4}
 ROWS = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 4  # arguments
 RUN_BLOCKS = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 2 + [ctypes.c_int]
 
@@ -193,21 +193,19 @@ def can_multiply(x):
         x.device.type == "cpu"
         and x.numel() <= MOST_ROWS * x.shape[-1]
         and x.dtype in (torch.float32, torch.bfloat16)
+        and not x.requires_grad
         and not torch.compiler.is_compiling()
         and library() is not None
     )
 
 
-def multiply_rows(weight, x, bias=None, scale=None, norm=NO_NORM, activation=None, onto=None):
-    """activation(norm(x) weight^T + bias) + onto: x (..., K), weight (N, K) -> (..., N).
+def multiply_rows(weight, x, bias=None, scale=None, norm=NO_NORM):
+    """norm(x) weight^T + bias: x (..., K), weight (N, K) -> (..., N), without gradients.
 
     weight: float32, bfloat16, or int8 with a scale (N,). bias and scale are float32. norm: a Norm.
-    activation: a setting of `mlp`; for swiglu the weight is that of the gate, then that of the other
-    product, and the result has half its rows. onto (..., N), contiguous, is overwritten.
     """
     (N, K), x = weight.shape, x.contiguous()
-    N = N // 2 if activation == "swiglu" else N
-    y = x.new_empty(*x.shape[:-1], N) if onto is None else onto
+    y = x.new_empty(*x.shape[:-1], N)
     function(f"rows_{str(weight.dtype)[6:]}", *ROWS)(
         weight.data_ptr(),
         address(scale),
@@ -218,8 +216,8 @@ def multiply_rows(weight, x, bias=None, scale=None, norm=NO_NORM, activation=Non
         N,
         K,
         x.numel() // K,
-        ACTIVATIONS[activation],
-        onto is not None,
+        False,  # no activation
+        False,  # nothing is added to
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
@@ -231,7 +229,7 @@ class Blocks:
 
     def __init__(self, model):
         config, kept = model.config, []
-        self.model, self.weights = model, weights_of(model)
+        self.weights = weights_of(model)
         shares = [(1.0, 0.0)] * config.n_layer
         if config.embed_skip:
             mix = model.block_input
