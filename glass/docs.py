@@ -49,6 +49,9 @@ POLITE = (
 )
 POLITE_SHARE = 0.15
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
+UNKNOWN_ROUNDS = 2  # for training; each makes up a name of every kind from each real one
+BEFORE = ("get", "get_", "set_", "is_", "is", "to_", "from_", "add_", "un", "re", "do_", "a", "new_")
+AFTER = ("s", "er", "ed", "_all", "all", "_to", "_file", "dir", "list", "_name", "2", "_at", "one")
 LONGEST_TALK = 240  # characters of several questions and answers in one conversation
 LATER_SHARE = 0.1  # of the questions of the test: asked after another one too
 VAL_SHARE = 0.2  # of what could be asked for validation
@@ -348,9 +351,10 @@ def conversations(fact, words, rng):
 def made_up_names(facts, known, rng):
     """Yield (name, kind, split) of names that do not exist, made from real ones.
 
-    unknown: the module of one and the last part of another, two last parts joined, a letter left out
-    or doubled; no name is in two splits. "unknown word" and "unknown letters" are for the test
-    alone: the last part replaced by a word of a sentence, or two neighbouring letters exchanged.
+    unknown: the module of one and the last part of another, two last parts joined or blended, a
+    letter left out or doubled, something put before or after; no name is in two splits. "unknown
+    word" and "unknown letters" are for the test alone: the last part replaced by a word of a
+    sentence, or two neighbouring letters exchanged.
     """
     last_parts = [fact.name.rpartition(".")[2] for fact in facts]
     words = sorted({word for fact in facts for word in re.findall(r"[a-z]{4,}", fact.sentence)})
@@ -361,8 +365,13 @@ def made_up_names(facts, known, rng):
         begin, here, after, rest = last[:i], last[i : i + 1], last[i + 1 : i + 2], last[i + 2 :]
         candidates = [(rng.choice(words), "unknown word", "test")]
         candidates.append((begin + after + here + rest, "unknown letters", "test"))
-        for split, share in (("train", 1), ("train", 1), ("test", 0.5), ("val", VAL_SHARE / 2)):
+        splits = (*[("train", 1)] * UNKNOWN_ROUNDS, ("test", 0.5), ("val", VAL_SHARE / 2))
+        for split, share in splits:
+            other = rng.choice(last_parts)
             for last_part in (
+                last[: rng.randint(1, len(last))] + other[rng.randrange(len(other)) :],
+                rng.choice(BEFORE) + last,
+                last + rng.choice(AFTER),
                 rng.choice(last_parts),
                 last + rng.choice(last_parts),
                 f"{last}_{rng.choice(last_parts)}",

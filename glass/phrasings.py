@@ -4,8 +4,11 @@
 before them is for validation. Those of the test were written by somebody who had not seen the others.
 """
 
+import re
+
 N_TEST = 3
 BARE_SHARE, NOISY_SHARE = 0.15, 0.4  # of training's phrasings; see training_phrasing
+NAMED_SHARE, TAIL_SHARE, SAME_SHARE = 0.2, 0.2, 0.25  # see varied
 
 
 def lines_of(text):
@@ -96,6 +99,9 @@ QUESTIONS = {
         I keep running into {} in other people's code; what is it actually for?
         Could you explain in a sentence what purpose {} serves?
         Not sure I get the point of {}, so what happens when I call it?
+        Could you tell me what {} does in Python?
+        i keep seeing {} in other people's code, what does it actually do
+        Explain {} in one sentence please.
         """),
     "arguments": lines_of("""
         Which arguments does {} take?
@@ -178,6 +184,9 @@ QUESTIONS = {
         When I call {}, what am I supposed to pass in?
         Would you mind listing the parameters that {} accepts?
         My call keeps raising a TypeError, so remind me how the signature of {} goes.
+        what args does {} take
+        Which parameters can I pass to {}?
+        I want to call {} but forgot the signature, can you remind me?
         """),
     "module": lines_of("""
         In which module is {}?
@@ -259,6 +268,9 @@ QUESTIONS = {
         I forgot which module {} lives in, can you help me out?
         Please tell me the name of the standard library module that provides {}.
         I want to use {} in my script, so what's the name of the standard library module that contains it?
+        which module is {} in?
+        Where do I import {} from?
+        i need to use {} but don't know what module to import
         """),
     "which": lines_of("""
         Which name does this: {}
@@ -340,6 +352,9 @@ QUESTIONS = {
         There must be something built for this already, but what's it called? {}
         I'm trying to remember the name of the function or class that deals with this: {}
         Which standard library function or class should I reach for if this is what I need to handle? {}
+        What's the function whose job is this: {}
+        I'm looking for something in the standard library that matches this description: {}
+        which python function or class does this? {}
         """),
     "exists": lines_of("""
         Does {} exist?
@@ -426,6 +441,9 @@ QUESTIONS = {
         Did I dream it up, or is {} really part of the standard library?
         A colleague mentioned {} to me, but does Python actually ship with it?
         I'd like to know whether there is such a thing as {} in the standard library.
+        does {} exist in python?
+        Is there a {} in the standard library?
+        Is {} a real thing or did I make it up?
         """),
 }
 # Most people do not ask directly. They ask for what they want to know, or say where they met a name
@@ -686,6 +704,9 @@ FOLLOW_UPS = lines_of("""
     Great, and what arguments does it take?
     Thanks, could you show me its signature as well?
     OK, so which parameters do I need to give it?
+    and what arguments does it take?
+    ok thanks, what parameters can I give it
+    Got it. How do I call it, I mean which arguments does it accept?
 """)
 
 
@@ -700,6 +721,63 @@ def phrasings(kind, split):
     return of_split[split]
 
 
+# What any question may say as well: a model that meets "in Python" only where it is asked whether a
+# name exists answers "Yes" to whatever ends so.
+NAMED = lines_of("""
+    the function {}
+    the {} function
+    the method {}
+    the class {}
+    the name {}
+    the thing called {}
+    Python's {}
+    {} in Python
+    {} from the standard library
+    this {}
+    a {}
+    '{}'
+    `{}`
+    {}()
+""")
+TAILS = (
+    " in Python",
+    " in python",
+    " in the standard library",
+    " in Python's standard library",
+    " in general",
+    " exactly",
+    " actually",
+    " again",
+    " please",
+    ", please",
+    " for me",
+    " then",
+    " in one sentence",
+    " in my program",
+)
+# words that may stand for each other in a question
+SAME = (
+    ("arguments", "args", "parameters", "params", "arguments", "parameters"),
+    ("which", "what"),
+    ("tell", "show", "give"),
+    ("can", "could", "would"),
+    ("explain", "describe", "summarise"),
+    ("need", "want", "have"),
+    ("use", "call", "try"),
+    ("find", "see", "get"),
+    ("module", "package", "module"),
+    ("purpose", "point", "job"),
+    ("function", "method", "class", "function or class", "name"),
+    ("real", "actual", "true"),
+    ("what is", "what's"),
+    ("i am", "i'm"),
+    ("do not", "don't"),
+    ("i would", "i'd"),
+)
+SAME_AS = {word: group for group in SAME for word in group}
+WORDS = re.compile(r"\b(?:what is|i am|do not|i would|function or class|[a-z']+)\b", re.IGNORECASE)
+
+
 def training_phrasing(kind, words, rng):
     """A phrasing for training, drawn with rng; often with words in it that say nothing.
 
@@ -709,9 +787,28 @@ def training_phrasing(kind, words, rng):
     way = rng.random()
     if kind == "does" and way < BARE_SHARE:
         return with_words("{}", rng.randint(1, 6), words, rng) + rng.choice(("?", ".", ""))
-    phrasing = neat_phrasing(kind, rng)
+    phrasing = varied(neat_phrasing(kind, rng), kind, rng)
     if way < NOISY_SHARE:
         phrasing = with_words(phrasing, rng.randint(1, 3), words, rng)
+    return phrasing
+
+
+def varied(phrasing, kind, rng):
+    """A phrasing in other words now and then: its own exchanged, the name's place, its end."""
+
+    def other(match):
+        word = match.group()
+        if word.lower() not in SAME_AS or rng.random() > SAME_SHARE:
+            return word
+        new = rng.choice(SAME_AS[word.lower()])
+        return new[0].upper() + new[1:] if word[0].isupper() else new
+
+    phrasing = WORDS.sub(other, phrasing)
+    if rng.random() < TAIL_SHARE and not phrasing.endswith("{}"):
+        end = phrasing[-1] if phrasing[-1] in "?." else ""
+        phrasing = phrasing.removesuffix(end) + rng.choice(TAILS) + end
+    if rng.random() < NAMED_SHARE and kind != "which":
+        phrasing = phrasing.replace("{}", rng.choice(NAMED))
     return phrasing
 
 
