@@ -76,6 +76,7 @@ class Settings(GPTConfig):
     muon_lr: Tunable[float] = 0.02  # peak learning rate of Muon; follows the same schedule
     momentum: Tunable[float] = 0.95  # of Muon
     muon_weight_decay: Tunable[float] = 0.0  # of Muon's matrices
+    muon_beta2: Tunable[float] = 0.0  # above 0: NorMuon, the decay of the mean square of its rows
     weight_decay: Tunable[float] = 0.1  # of the other matrices and embeddings
     beta1: Tunable[float] = 0.9  # decay of AdamW's mean
     beta2: Tunable[float] = 0.95  # decay of AdamW's mean square
@@ -108,7 +109,7 @@ class Settings(GPTConfig):
         not_negative += "max_minutes"
         require(self, not_negative, lambda value: value >= 0, "not be negative")
         require(self, "learning_rate muon_lr", lambda value: value > 0, "be positive")
-        require(self, "beta1 beta2 momentum", lambda value: 0 <= value < 1, "lie in [0, 1)")
+        require(self, "beta1 beta2 momentum muon_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
         require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
         require(self, "max_iters", lambda value: value <= 10**9, "be at most 1,000,000,000")
         if not self.out_dir:

@@ -222,7 +222,8 @@ def shard_like(tensor, like):
     # every process has the whole, so nothing is sent; of a mapped file, only these rows are read
     rows = tensor[first : first + per_process]
     rows = rows.to(like.device, like.dtype, memory_format=torch.contiguous_format, copy=True)
-    shape, stride = like.shape, like.stride()
+    shape = (len(like), *tensor.shape[1:])  # moments may have other columns
+    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
     )
@@ -279,7 +280,7 @@ def clip_gradients(model, max_norm):
 def on_whole_matrices(function, shards, like):
     """function(batch) for matrices of which each process holds some rows: their rows of the result.
 
-    shards: this process's rows of matrices that all have the shape of `like`, a DTensor. Each
+    shards: this process's rows of matrices that all have the rows of `like`, a DTensor. Each
     matrix is gathered by one process of the group, in turn, goes through `function` there, as part
     of a batch (n, rows, columns), and its rows are sent back.
     """
@@ -299,7 +300,7 @@ def on_whole_matrices(function, shards, like):
     results = []
     for i in range(len(shards)):
         result, parts, owner = (
-            torch.empty(per_process, like.shape[1], dtype=like.dtype),
+            torch.empty(per_process, shards[0].shape[1], dtype=like.dtype),
             None,
             i % size,
         )

@@ -202,6 +202,8 @@ def parts_of(model, optimizers):
         for j, parameter in enumerate(parameters):
             for moment in ("exp_avg", "exp_avg_sq", "momentum"):
                 like[f"optimizer.{i}.state.{j}.{moment}"] = parameter
+            if parameter.ndim == 2:  # Muon's
+                like[f"optimizer.{i}.state.{j}.row_squares"] = parameter.detach()[:, :1]
     return {name: tensor for name, tensor in like.items() if is_shard(tensor)}
 
 
