@@ -31,13 +31,20 @@ static inline floats load(const float *p) {
     return v;
 }
 
+/* The upper half is added to the lower one until one value is left. */
 static inline float sum(floats v) {
+#if LANES == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float lanes[LANES];
     memcpy(lanes, &v, sizeof v);
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
     return lanes[0];
 }
+
+/* Room for n bytes; a vector of it never lies across two cache lines. */
+static void *room_for(long n) { return aligned_alloc(64, (n + 63) / 64 * 64); }
 
 static inline float of_bfloat16(uint16_t bits) {
     union { uint32_t bits; float value; } wide = {(uint32_t)bits << 16};
@@ -62,9 +69,14 @@ static inline void put(void *y, long i, int half, float value) {
     ((uint16_t *)y)[i] = bits >> 16;
 }
 
-/* A row w (k) times n rows x[j] (k), into s (n). n is 1 or 2, and known where this is inlined. Four
+/* A row w (k) times n rows x[j] (k), into s (n). n is 1 to MANY, and known where this is inlined. Four
    sums each, since one alone waits for its own last addition. w is read once, from one end to the
    other, and asked for eight kilobytes ahead. x is as `prepare` of the same type leaves it. */
+#if LANES == 16
+#define MANY 4 /* rows whose sums there are registers for */
+#else
+#define MANY 2
+#endif
 #define AHEAD(p) __builtin_prefetch((const char *)(p) + 8192)
 #define DOT static inline __attribute__((always_inline)) void
 
@@ -73,7 +85,7 @@ static void prepare_float32(const float *x, long k, float *prepared) {
 }
 
 DOT dot_float32(const float *w, const float *const *x, int n, long k, float *s) {
-    floats sums[2][4] = {0};
+    floats sums[MANY][4] = {0};
     long i = 0;
     for (; i + 4 * LANES <= k; i += 4 * LANES)
         for (int c = 0; c < 4; c++) {
@@ -96,7 +108,7 @@ static void prepare_bfloat16(const float *x, long k, float *prepared) {
 }
 
 DOT dot_bfloat16(const uint16_t *w, const float *const *x, int n, long k, float *s) {
-    floats sums[2][4] = {0};
+    floats sums[MANY][4] = {0};
     long i = 0, odd = (k + 1) / 2;
     for (; i + 4 * LANES <= k; i += 4 * LANES)
         for (int c = 0; c < 2; c++) {
@@ -119,30 +131,47 @@ DOT dot_bfloat16(const uint16_t *w, const float *const *x, int n, long k, float 
 
 /* int8 times 15 bits and a sign: 512 such products fit into an int32. */
 #define BLOCK 512
+#ifdef __AVX512VNNI__
+#define WIDTH 32 /* products at once: two of int16 are added to each int32 */
+typedef __m512i ints;
+static inline ints widened(const int8_t *w) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w));
+}
+static inline ints plus_products(ints sums, ints w, const int16_t *x) {
+    return _mm512_dpwssd_epi32(sums, w, _mm512_loadu_si512(x));
+}
+#elif defined(__AVX2__)
+#define WIDTH 16
+typedef __m256i ints;
+static inline ints widened(const int8_t *w) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+}
+static inline ints plus_products(ints sums, ints w, const int16_t *x) {
+    __m256i products = _mm256_madd_epi16(w, _mm256_loadu_si256((const __m256i *)x));
+    return _mm256_add_epi32(sums, products);
+}
+#endif
 
 DOT dot_int8(const int8_t *w, const int16_t *const *x, int n, long k, float *s) {
     for (int j = 0; j < n; j++) s[j] = 0;
     for (long begin = 0; begin < k; begin += BLOCK) {
         long end = begin + BLOCK < k ? begin + BLOCK : k, i = begin;
-        int32_t totals[2] = {0};
-#ifdef __AVX2__
-        __m256i sums[2][2] = {{_mm256_setzero_si256(), _mm256_setzero_si256()},
-                              {_mm256_setzero_si256(), _mm256_setzero_si256()}};
-        for (; i + 32 <= end; i += 32)
+        int32_t totals[MANY] = {0};
+#ifdef WIDTH
+        ints sums[MANY][2];
+        memset(sums, 0, sizeof sums);
+        for (; i + 2 * WIDTH <= end; i += 2 * WIDTH) {
+            AHEAD(w + i);
             for (int c = 0; c < 2; c++) {
-                __m128i bytes = _mm_loadu_si128((const __m128i *)(w + i + 16 * c));
-                __m256i values = _mm256_cvtepi8_epi16(bytes);
-                if (!c) AHEAD(w + i);
-                for (int j = 0; j < n; j++) {
-                    __m256i xs = _mm256_loadu_si256((const __m256i *)(x[j] + i + 16 * c));
-                    sums[j][c] = _mm256_add_epi32(sums[j][c], _mm256_madd_epi16(values, xs));
-                }
+                ints values = widened(w + i + c * WIDTH);
+                for (int j = 0; j < n; j++)
+                    sums[j][c] = plus_products(sums[j][c], values, x[j] + i + c * WIDTH);
             }
+        }
         for (int j = 0; j < n; j++) {
-            int32_t lanes[8];
-            __m256i both = _mm256_add_epi32(sums[j][0], sums[j][1]);
-            memcpy(lanes, &both, sizeof lanes);
-            for (int l = 0; l < 8; l++) totals[j] += lanes[l];
+            int32_t lanes[WIDTH];
+            memcpy(lanes, sums[j], sizeof lanes);
+            for (int l = 0; l < WIDTH; l++) totals[j] += lanes[l];
         }
 #endif
         for (int j = 0; j < n; j++) {
@@ -162,9 +191,10 @@ struct norm {
 static void normalise(float *x, long k, const struct norm *norm) {
     double mean = 0, square = 0;
     if (norm->kind == 1)
-        for (long i = 0; i < k; i++) mean += x[i] / k;
-    for (long i = 0; i < k; i++) square += (x[i] - mean) * (x[i] - mean) / k;
-    float shift = mean, factor = 1 / sqrt(square + norm->eps);
+        for (long i = 0; i < k; i++) mean += x[i];
+    mean /= k;
+    for (long i = 0; i < k; i++) square += (x[i] - mean) * (x[i] - mean);
+    float shift = mean, factor = 1 / sqrt(square / k + norm->eps);
     for (long i = 0; i < k; i++) {
         x[i] = (x[i] - shift) * factor * (norm->weight ? norm->weight[i] : 1);
         if (norm->bias) x[i] += norm->bias[i];
@@ -178,62 +208,87 @@ static float *read_rows(const void *x, long b, long k, int half, const struct no
     return rows;
 }
 
-/* What comes after it. */
-enum activation { NONE, GELU_BY_TANH, GELU, RELU_SQUARED, SWIGLU };
+/* e^x = 2^n e^r with |r| < 0.35, by eight terms of its series: 1e-7 relative. Without branches, so that
+   a loop over it becomes vector code, which one over expf does not. */
+static inline float exponential(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    int n = (int)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first of few bits */
+    float y = 1 + r / 7;
+    for (int i = 6; i; i--) y = 1 + r * (1.0f / i) * y;
+    union { int32_t bits; float value; } power = {(n + 127) << 23};
+    return y * power.value;
+}
 
-static float activate(float x, enum activation activation) {
-    switch (activation) {
-    case GELU_BY_TANH: return x / 2 * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-    case GELU: return x / 2 * (1 + erff(x * 0.7071067812f));
-    case RELU_SQUARED: return x > 0 ? x * x : 0;
-    case SWIGLU: return x / (1 + expf(-x)); /* silu; its product with the other half is elsewhere */
-    default: return x;
-    }
+/* What comes after it, for CHUNK values; with SWIGLU gates (n) and their factors (n). */
+enum activation { NONE, GELU_BY_TANH, GELU, RELU_SQUARED, SWIGLU };
+#define CHUNK 16
+
+static inline void activate(float *x, const float *up, int activation) {
+    if (activation == GELU_BY_TANH) /* x (1 + tanh z) / 2 = x / (1 + e^-2z) */
+        for (int i = 0; i < CHUNK; i++)
+            x[i] /= 1 + exponential(-1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+    if (activation == GELU)
+        for (int i = 0; i < CHUNK; i++) x[i] *= (1 + erff(x[i] * 0.7071067812f)) / 2;
+    if (activation == RELU_SQUARED)
+        for (int i = 0; i < CHUNK; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
+    if (activation == SWIGLU)
+        for (int i = 0; i < CHUNK; i++) x[i] *= up[i] / (1 + exponential(-x[i]));
 }
 
 /* y (b, n) = x (b, k) times the transpose of w (n, k), plus bias (n,), plus what y has already if
-   adds; with SWIGLU w is (2 n, k), first the gate. x and y are float32 or, if half, bfloat16. SCALE:
+   adds; with SWIGLU w is (2 n, k), first the gate. x and y are float32 or, if half, bfloat16. SCALE(row, j):
    of a result. Pointers may be NULL. */
 #define ONE(kind, which, values)                                                                  \
-    if (j + 1 < b) dot_##kind(w + (which) * k, prepared + j, 2, k, values);                       \
-    else dot_##kind(w + (which) * k, prepared + j, 1, k, values);
+    {                                                                                             \
+        float s[MANY];                                                                            \
+        if (many == MANY) dot_##kind(w + (which) * k, prepared + j, MANY, k, s);                  \
+        else                                                                                      \
+            for (int i = 0; i < many; i++) dot_##kind(w + (which) * k, prepared + j + i, 1, k, s + i); \
+        for (int i = 0; i < many; i++)                                                            \
+            values[i][row - first] = s[i] * SCALE(which, j + i) + (bias ? bias[which] : 0);       \
+    }
 
-#define ROWS(kind, SCALE)                                                                         \
-    EACH for (long row = 0; row < n; row++)                                                       \
-        for (long j = 0; j < b; j += 2) {                                                         \
-            float s[2], up[2];                                                                    \
-            ONE(kind, row, s)                                                                     \
-            if (activation == SWIGLU) { ONE(kind, row + n, up) }                                  \
-            for (long i = j; i < j + 2 && i < b; i++) {                                           \
-                float value = s[i - j] * SCALE(row) + (bias ? bias[row] : 0);                     \
-                value = activate(value, activation);                                              \
-                if (activation == SWIGLU)                                                         \
-                    value *= up[i - j] * SCALE(row + n) + (bias ? bias[row + n] : 0);             \
-                long place = i * n + row;                                                         \
-                put(y, place, half, value + (adds ? get(y, place, half) : 0));                    \
+#define ROWS(kind)                                                                                \
+    EACH for (long first = 0; first < n; first += CHUNK) {                                        \
+        long end = first + CHUNK < n ? first + CHUNK : n;                                         \
+        float values[MANY][CHUNK] = {0}, up[MANY][CHUNK] = {0};                                   \
+        for (long j = 0; j < b; j += MANY) {                                                      \
+            int many = b - j < MANY ? b - j : MANY;                                               \
+            for (long row = first; row < end; row++) {                                            \
+                ONE(kind, row, values)                                                            \
+                if (activation == SWIGLU) ONE(kind, row + n, up)                                  \
             }                                                                                     \
-        }
+            for (int i = 0; i < many; i++) {                                                      \
+                activate(values[i], up[i], activation);                                           \
+                for (long row = first, place = (j + i) * n + first; row < end; row++, place++) {  \
+                    float value = values[i][row - first] + (adds ? get(y, place, half) : 0);      \
+                    put(y, place, half, value);                                                   \
+                }                                                                                 \
+            }                                                                                     \
+        }                                                                                         \
+    }
 
 #define ROWS_OF_FLOATS(kind, type)                                                                \
     void rows_##kind(const type *w, const float *scale, const void *x, const float *bias, void *y, \
                      const struct norm *norm, long n, long k, long b, int activation, int adds,   \
                      int half, int threads) {                                                     \
-        float *rows = read_rows(x, b, k, half, norm), *space = malloc(sizeof(float) * b * k);     \
+        float *rows = read_rows(x, b, k, half, norm), *space = room_for(sizeof(float) * b * k);   \
         const float **prepared = malloc(sizeof(float *) * b);                                     \
         for (long j = 0; j < b; j++) {                                                            \
             prepare_##kind(rows + j * k, k, space + j * k);                                       \
             prepared[j] = space + j * k;                                                          \
         }                                                                                         \
-        ROWS(kind, ONE_FOR_ALL)                                                                   \
+        ROWS(kind)                                                                                \
         free(prepared);                                                                           \
         free(space);                                                                              \
         free(rows);                                                                               \
         (void)scale;                                                                              \
     }
-#define ONE_FOR_ALL(row) 1
-
+#define SCALE(row, j) 1
 ROWS_OF_FLOATS(float32, float)
 ROWS_OF_FLOATS(bfloat16, uint16_t)
+#undef SCALE
 
 /* The same for w in int8 with a scale for each of its rows. The largest number of a row of x becomes
    32767. */
@@ -241,7 +296,7 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
                const struct norm *norm, long n, long k, long b, int activation, int adds, int half,
                int threads) {
     float *rows = read_rows(x, b, k, half, norm), *unit = malloc(sizeof(float) * b);
-    int16_t *space = malloc(sizeof(int16_t) * b * k);
+    int16_t *space = room_for(sizeof(int16_t) * b * k);
     const int16_t **prepared = malloc(sizeof(int16_t *) * b);
     for (long j = 0; j < b; j++) {
         float largest = 0;
@@ -254,8 +309,8 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
         for (long i = j * k; i < (j + 1) * k; i++) space[i] = (int16_t)rintf(rows[i] * inverse);
         prepared[j] = space + j * k;
     }
-#define OF_ROW(row) (scale[row] * unit[i])
-    ROWS(int8, OF_ROW)
+#define SCALE(row, j) (scale[row] * unit[j])
+    ROWS(int8)
     free(prepared);
     free(space);
     free(unit);
@@ -296,10 +351,8 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
                 weight[t] /= sqrtf(d);                                                            \
                 largest = weight[t] > largest ? weight[t] : largest;                              \
             }                                                                                     \
-            for (long t = 0; t < length; t++) {                                                   \
-                weight[t] = expf(weight[t] - largest);                                            \
-                total += weight[t];                                                               \
-            }                                                                                     \
+            for (long t = 0; t < length; t++) weight[t] = exponential(weight[t] - largest);       \
+            for (long t = 0; t < length; t++) total += weight[t];                                 \
             for (long i = 0; i < d; i++) result[i] = 0;                                           \
             for (long t = 0; t < length; t++) {                                                   \
                 float share = weight[t] / total;                                                  \
