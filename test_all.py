@@ -69,6 +69,7 @@ from glass import (
     matches,
     optim,
     parallel,
+    phrasings,
     pictures,
     progress,
     records,
@@ -8125,7 +8126,8 @@ def test_the_ending_of_a_table_may_be_in_capitals(in_tmp_path):
 
 def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(monkeypatch):
     root = Path(os.__file__).parent
-    names = "posixpath.py genericpath.py json/__init__.py json/decoder.py bisect.py threading.py"
+    names = "posixpath.py genericpath.py json/__init__.py json/decoder.py bisect.py threading.py "
+    names += "random.py"
     monkeypatch.setattr(
         sources, "standard_library", lambda: [root / name for name in names.split()]
     )
@@ -8134,6 +8136,7 @@ def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(m
     assert join.module == "os.path" and join.arguments == "(a, *p)"
     assert inspect.getdoc(os.path.join).replace("\n", " ").startswith(join.sentence)
     assert "json.JSONDecoder" in facts and "json.decoder.JSONDecoder" not in facts
+    assert facts["random.shuffle"].arguments == "(x)"  # a method of a hidden random.Random
     start = facts["threading.Thread.start"]
     assert (start.module, start.arguments) == ("threading", "()")
     for name, fact in facts.items():
@@ -8174,6 +8177,17 @@ def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(m
     assert [len(phrasings[split]) for split in ("val", "test")] == [1, 3]
     assert len(phrasings["train"]) > 30
     assert not phrasings["train"] & phrasings["test"]
+
+
+@pytest.mark.parametrize("kind", [*phrasings.QUESTIONS, "conversation"])
+def test_training_phrasings_name_one_thing_and_are_not_those_of_the_test(kind):
+    rng, words = random.Random(0), ["return", "given", "file"]
+    drawn = [phrasings.training_phrasing(kind, words, rng) for _ in range(3000)]
+    assert all(each.count("{}") == (kind != "conversation") for each in drawn)
+    assert len(set(drawn)) > 1500
+    letters = {re.sub(r"[^a-z{} ]", "", each.lower()).strip() for each in drawn}
+    for each in phrasings.phrasings(kind, "test"):
+        assert re.sub(r"[^a-z{} ]", "", each.lower()).strip() not in letters
 
 
 def test_tasks_have_right_answers_and_no_text_in_two_splits(in_tmp_path):

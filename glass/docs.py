@@ -49,7 +49,7 @@ POLITE = (
 )
 POLITE_SHARE = 0.15
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
-UNKNOWN_ROUNDS = 2  # for training; each makes up a name of every kind from each real one
+UNKNOWN_ROUNDS = 3  # for training; each makes up a name of every kind from each real one
 BEFORE = ("get", "get_", "set_", "is_", "is", "to_", "from_", "add_", "un", "re", "do_", "a", "new_")
 AFTER = ("s", "er", "ed", "_all", "all", "_to", "_file", "dir", "list", "_name", "2", "_at", "one")
 LONGEST_TALK = 240  # characters of several questions and answers in one conversation
@@ -79,6 +79,11 @@ def read_facts():
                 fact = fact_of(name, home, each, words)
                 if fact and name not in facts:
                     facts[name] = fact
+        for name, node in methods_of_an_instance(tree):
+            if (module, name) not in names and not is_private(module):
+                fact = fact_of(f"{module}.{name}", module, node, words)
+                if fact:
+                    facts[fact.name] = fact
     return sorted(facts.values(), key=lambda fact: (-fact.uses, fact.name))
 
 
@@ -91,6 +96,26 @@ def definitions(body):
             yield from definitions([*node.body, *node.orelse])
         elif isinstance(node, ast.Try):
             yield from definitions([*node.body, *node.orelse])
+
+
+def methods_of_an_instance(tree):
+    """Yield (name, node) of what a module offers as functions and are methods of an object of its own.
+
+    So has random: _inst = Random(), then shuffle = _inst.shuffle.
+    """
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    methods = {}
+    for node in tree.body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        name, value = node.targets[0].id, node.value
+        if isinstance(value, ast.Call) and getattr(value.func, "id", None) in classes:
+            of_class = definitions(classes[value.func.id].body)
+            methods[name] = {each.name: each for each in of_class}
+        elif isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
+            found = methods.get(value.value.id, {}).get(value.attr)
+            if found and not name.startswith("_"):
+                yield name, found
 
 
 def with_methods(name, node):

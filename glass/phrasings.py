@@ -102,6 +102,9 @@ QUESTIONS = {
         Could you tell me what {} does in Python?
         i keep seeing {} in other people's code, what does it actually do
         Explain {} in one sentence please.
+        hi, im new to python and i keep seeing {} in code, what is it for?
+        {} - what's it do
+        Could you explain to the class, in one sentence, the purpose of {}?
         """),
     "arguments": lines_of("""
         Which arguments does {} take?
@@ -187,6 +190,9 @@ QUESTIONS = {
         what args does {} take
         Which parameters can I pass to {}?
         I want to call {} but forgot the signature, can you remind me?
+        what do i have to put in the brackets when i use {}?
+        Which parameters does {} accept? Please list them in the order in which they are written.
+        Hello, I want to call {} but I don't know which arguments it is taking.
         """),
     "module": lines_of("""
         In which module is {}?
@@ -271,6 +277,9 @@ QUESTIONS = {
         which module is {} in?
         Where do I import {} from?
         i need to use {} but don't know what module to import
+        how do i know what to import so i can use {}? which module is it in?
+        {} lives in which stdlib module
+        Suppose a student wants to use {}. In which module of the standard library would they find it?
         """),
     "which": lines_of("""
         Which name does this: {}
@@ -355,6 +364,9 @@ QUESTIONS = {
         What's the function whose job is this: {}
         I'm looking for something in the standard library that matches this description: {}
         which python function or class does this? {}
+        i am looking for something in python with this description but i dont know its name: {}
+        need the name of the stdlib function/method/class documented as "... {}"
+        Here is a description with its first word removed: "{}" Which function, method or class of the standard library does it describe?
         """),
     "exists": lines_of("""
         Does {} exist?
@@ -444,6 +456,9 @@ QUESTIONS = {
         does {} exist in python?
         Is there a {} in the standard library?
         Is {} a real thing or did I make it up?
+        is {} a real thing that comes with python or did i make it up?
+        does stdlib have {}? y/n
+        True or false: the Python standard library contains {}.
         """),
 }
 # Most people do not ask directly. They ask for what they want to know, or say where they met a name
@@ -657,6 +672,62 @@ ABOUT_IT = {
         is it something that Python has?
     """),
 }
+# what people in a hurry type before or after a name
+KEYWORDS = {
+    "does": lines_of("""
+        purpose
+        meaning
+        what
+        what for
+        use
+        what does it do
+        explain
+        description
+        docs
+        summary
+        for what
+    """),
+    "arguments": lines_of("""
+        args
+        arguments
+        params
+        parameters
+        signature
+        inputs
+        how to call
+        call with what
+        takes what
+        list of arguments
+        usage
+    """),
+    "module": lines_of("""
+        module
+        package
+        import
+        import from
+        which module
+        from where
+        where from
+        where
+        which import
+        home
+    """),
+    "exists": lines_of("""
+        exists
+        does it exist
+        real
+        real or not
+        true or false
+        yes or no
+        in the standard library or not
+        in Python
+        part of Python
+        available
+        made up
+    """),
+}
+KEYWORD_FORMS = ("{}: ...", "{} ...", "... {}", "{}, ...", "{} - ...", "...: {}", "{}? ...", "... of {}")
+KEYWORD_SHARE = 0.12
 # about what the question before named; the last N_TEST are for the test alone
 FOLLOW_UPS = lines_of("""
     And its arguments?
@@ -707,6 +778,9 @@ FOLLOW_UPS = lines_of("""
     and what arguments does it take?
     ok thanks, what parameters can I give it
     Got it. How do I call it, I mean which arguments does it accept?
+    ok thanks! and what do i need to give it when i call it?
+    Good. Now tell me which parameters it takes.
+    Thank you, I understand. And what are the arguments of it, please?
 """)
 
 
@@ -767,6 +841,7 @@ SAME = (
     ("find", "see", "get"),
     ("module", "package", "module"),
     ("purpose", "point", "job"),
+    ("standard library", "stdlib", "library"),
     ("function", "method", "class", "function or class", "name"),
     ("real", "actual", "true"),
     ("what is", "what's"),
@@ -775,7 +850,8 @@ SAME = (
     ("i would", "i'd"),
 )
 SAME_AS = {word: group for group in SAME for word in group}
-WORDS = re.compile(r"\b(?:what is|i am|do not|i would|function or class|[a-z']+)\b", re.IGNORECASE)
+LONG = "|".join(word for word in SAME_AS if " " in word)
+WORDS = re.compile(rf"\b(?:{LONG}|[a-z']+)\b", re.IGNORECASE)
 
 
 def training_phrasing(kind, words, rng):
@@ -823,6 +899,10 @@ def with_words(phrasing, n, words, rng):
 def neat_phrasing(kind, rng):
     """A phrasing that stands above, or one put together from such parts."""
     way = rng.random()
+    if way > 1 - KEYWORD_SHARE and (kind in KEYWORDS or kind == "conversation"):
+        form = "..." if kind == "conversation" else rng.choice(KEYWORD_FORMS)
+        keyword = rng.choice(KEYWORDS["arguments" if kind == "conversation" else kind])
+        return form.replace("...", keyword) + rng.choice(("?", "", "", "."))
     if way < 0.3 and kind in WANTED:
         return rng.choice(WANTS).replace("...", rng.choice(WANTED[kind]))
     if way < 0.6 and kind in ABOUT_IT:

@@ -152,7 +152,8 @@ check("6.2", adamw)
 # how much. The gradient of a matrix often has a few large singular values and many small ones, so a step moves in few
 # directions. **Muon** makes all singular values about 1 before it steps. The exact way is the singular value
 # decomposition, $g = U S V^\top$: U and V are rotations or mirrorings, S holds the singular values. Only $U V^\top$
-# is kept. Muon comes close with a few products, which are faster on a GPU.
+# is kept. Muon comes close with a few products, which are faster on a GPU: four polynomials, one after another, take
+# every singular value that is not tiny to near 1.
 
 # %%
 torch.manual_seed(0)
@@ -170,7 +171,7 @@ for name, tensor in (("gradient", g), ("U V^T", exact), ("Muon's", quick)):
     )
 
 # %% [markdown]
-# The gradient's largest value is many times its 31st. Muon's lie between about 0.7 and 1.2: that is close enough to
+# The gradient's largest value is many times its 31st. Muon's lie between 0.75 and 1.25: that is close enough to
 # 1. (There is a 32nd. In the gradient it is 0, because the input of this matrix comes from a LayerNorm, whose outputs
 # have a mean of 0. In float32 it stays 0; where the processor multiplies bfloat16 numbers, which have three digits,
 # rounding makes something of it.) Now the whole first step, beside the real one. The update
@@ -189,7 +190,9 @@ print("largest difference from Muon:", (matrix - by_hand).abs().max().item())
 assert torch.allclose(matrix, by_hand, atol=1e-5)
 
 # %% [markdown]
-# In glassGPT, Muon takes the matrices of the blocks, and AdamW takes the rest: embeddings, norms, head.
+# In glassGPT, Muon takes the matrices of the blocks, and AdamW takes the rest: embeddings, norms, head. With
+# `muon_beta2` above 0 each row of a step is also divided by its root mean square over time, so that no output of a
+# matrix moves much faster than the others (NorMuon).
 #
 # ## Warm-up and decay
 #
@@ -390,6 +393,6 @@ source(train)
 # ## To read
 # - Kingma, Ba 2014, "Adam", arXiv:1412.6980: algorithm 1.
 # - Loshchilov, Hutter 2017, "Decoupled weight decay regularization", arXiv:1711.05101: the W.
-# - Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon.
+# - Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon. Better polynomials: arXiv:2505.16932. NorMuon: arXiv:2510.05491.
 # - Kaplan et al. 2020, "Scaling laws for neural language models", arXiv:2001.08361.
 # - Hoffmann et al. 2022, "Training compute-optimal large language models", arXiv:2203.15556.
