@@ -71,7 +71,8 @@ class GPTConfig:
     pos: Literal["learned", "rope"] = "learned"  # an embedding, or rotated queries and keys
     rope_theta: float = 10000.0  # the longest wavelength is about 2 pi rope_theta positions
     rope_scaling: dict | None = None  # Llama 3.1's, with the keys that llama3() below writes
-    qk_norm: bool = False  # divide queries and keys by their root mean square, without a weight
+    qk_norm: bool = False  # divide queries and keys by their root mean square
+    qk_norm_weight: bool = False  # that with a weight for each channel of a head, and norm_eps
     tie_weights: bool = True  # the head uses the token embedding's matrix
     smear: bool = False  # add a learned fraction of the previous token's embedding
     embed_skip: bool = False  # each block reads a learned mix of residual stream and embedding
@@ -128,6 +129,8 @@ class GPTConfig:
                 f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}: "
                 "change either"
             )
+        if self.qk_norm_weight and not self.qk_norm:
+            raise ValueError("qk_norm_weight=True needs qk_norm=True: set both, or neither")
         if self.head_dim is None:
             raise ValueError(
                 f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, "
@@ -390,6 +393,30 @@ class Dropout(nn.Dropout):
         return x * (kept * (256 / (256 - dropped))).to(x.dtype)
 
 
+class WeightedQKNorm(nn.Module):
+    """QK-norm as in Qwen3 (arXiv:2505.09388): a weight for each channel of a head, and norm_eps.
+
+    q (B, T, H, D), k (B, T, Hkv, D) -> the same shapes and dtype, rotated where there is RoPE.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+        self.then = QUERIES_KEYS[False, config.pos]
+
+    def reset_parameters(self):
+        self.q_norm.reset_parameters()
+        self.k_norm.reset_parameters()
+
+    def forward(self, q, k, rotation):
+        def normed(x, norm):
+            weight = norm.weight.float()
+            return F.rms_norm(x.float(), norm.normalized_shape, weight, norm.eps).to(x.dtype)
+
+        return self.then(normed(q, self.q_norm), normed(k, self.k_norm), rotation)
+
+
 class LoRALinear(nn.Linear):
     """nn.Linear plus a trained product of low rank: x W^T + x A^T B^T alpha / r, with W frozen.
 
@@ -439,7 +466,10 @@ class Attention(nn.Module):
         self.k_proj = make_linear(config, "k_proj", C, config.n_kv_head * D, config.qkv_bias)
         self.v_proj = make_linear(config, "v_proj", C, config.n_kv_head * D, config.qkv_bias)
         self.o_proj = make_linear(config, "o_proj", config.n_head * D, C, config.o_bias)
-        self.prepare = QUERIES_KEYS[config.qk_norm, config.pos]
+        weighted = config.qk_norm_weight
+        self.prepare = (
+            WeightedQKNorm(config) if weighted else QUERIES_KEYS[config.qk_norm, config.pos]
+        )
         self.attend = ATTENTION[config.attention]
         self.attn_dropout, self.o_dropout = Dropout(config.attn_dropout), Dropout(config.dropout)
 
@@ -698,6 +728,8 @@ class GPT(nn.Module):
             for linear in (*inner, attn.o_proj, mlp.down_proj):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
+            if self.config.qk_norm_weight:
+                attn.prepare.reset_parameters()
             block.attn_norm.reset_parameters()
             block.mlp_norm.reset_parameters()
         self.final_norm.reset_parameters()
@@ -884,7 +916,7 @@ def count_parameters(config):
     norm = C * (2 if c.norm == "layernorm" and c.bias else 1)
     n_q, n_kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     attention = C * (n_q + 2 * n_kv) + n_q * C
-    attention += (n_q + 2 * n_kv) * c.qkv_bias + C * c.o_bias
+    attention += (n_q + 2 * n_kv) * c.qkv_bias + C * c.o_bias + 2 * c.head_dim * c.qk_norm_weight
     n_up = 2 if c.mlp == "swiglu" else 1
     mlp = (n_up + 1) * C * c.n_inner + (n_up * c.n_inner + C) * c.bias
     total = c.n_layer * (2 * norm + attention + mlp) + norm + c.vocab_size * C

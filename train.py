@@ -109,7 +109,9 @@ class Settings(GPTConfig):
         not_negative += "max_minutes"
         require(self, not_negative, lambda value: value >= 0, "not be negative")
         require(self, "learning_rate muon_lr", lambda value: value > 0, "be positive")
-        require(self, "beta1 beta2 momentum muon_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)")
+        require(
+            self, "beta1 beta2 momentum muon_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"
+        )
         require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
         require(self, "max_iters", lambda value: value <= 10**9, "be at most 1,000,000,000")
         if not self.out_dir:

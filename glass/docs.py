@@ -50,7 +50,21 @@ POLITE = (
 POLITE_SHARE = 0.15
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
 UNKNOWN_ROUNDS = 3  # for training; each makes up a name of every kind from each real one
-BEFORE = ("get", "get_", "set_", "is_", "is", "to_", "from_", "add_", "un", "re", "do_", "a", "new_")
+BEFORE = (
+    "get",
+    "get_",
+    "set_",
+    "is_",
+    "is",
+    "to_",
+    "from_",
+    "add_",
+    "un",
+    "re",
+    "do_",
+    "a",
+    "new_",
+)
 AFTER = ("s", "er", "ed", "_all", "all", "_to", "_file", "dir", "list", "_name", "2", "_at", "one")
 LONGEST_TALK = 240  # characters of several questions and answers in one conversation
 LATER_SHARE = 0.1  # of the questions of the test: asked after another one too

@@ -318,21 +318,22 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
 }
 
 /* Attention of one new token in each of b rows: qkv (b, h + 2 hkv, d) to y (b, h, d). k and v
-   (b, hkv, room, d) hold positions[j] earlier tokens of row j, and get the new one. normalises:
-   queries and keys are divided by their root mean square. cos and sin (b, d), as rope_rotation of
-   model.py gives them, or NULL. */
+   (b, hkv, room, d) hold positions[j] earlier tokens of row j, and get the new one. Queries and keys
+   go through norms of their own. cos and sin (b, d), as rope_rotation of model.py gives them, or
+   NULL. */
 #define ATTEND(kind, type)                                                                        \
     static void attend_##kind(const float *qkv, type *k, type *v, float *y,                       \
                               const int64_t *positions, const float *cos, const float *sin,       \
-                              long b, long h, long hkv, long room, long d, int normalises,        \
-                              int threads) {                                                      \
+                              long b, long h, long hkv, long room, long d,                        \
+                              const struct norm *q_norm, const struct norm *k_norm, int threads) { \
         long all = h + 2 * hkv, is_float = sizeof(type) == 4;                                     \
         float *ready = malloc(sizeof(float) * b * all * d);                                       \
         EACH for (long each = 0; each < b * all; each++) {                                        \
             long row = each / all, head = each % all, position = positions[row];                  \
             float *own = ready + each * d;                                                        \
             memcpy(own, qkv + each * d, sizeof(float) * d);                                       \
-            if (head < h + hkv) turn(own, d, normalises, cos ? cos + row * d : 0, sin + row * d); \
+            if (head < h + hkv)                                                                   \
+                turn(own, d, head < h ? q_norm : k_norm, cos ? cos + row * d : 0, sin + row * d); \
             if (head < h) continue;                                                               \
             long shared = (head - h) % hkv;                                                       \
             type *store = (head < h + hkv ? k : v) + ((row * hkv + shared) * room + position) * d; \
@@ -365,8 +366,8 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
     }
 
 /* QK-norm and RoPE of one head (d). */
-static void turn(float *x, long d, int normalises, const float *cos, const float *sin) {
-    if (normalises) normalise(x, d, &(struct norm){2, 1.1920929e-7f, 0, 0});
+static void turn(float *x, long d, const struct norm *norm, const float *cos, const float *sin) {
+    if (norm->kind) normalise(x, d, norm);
     for (long i = 0; cos && i < d / 2; i++) {
         float first = x[i], second = x[i + d / 2];
         x[i] = first * cos[i] + second * sin[i];
@@ -386,14 +387,14 @@ struct linear {
 };
 
 struct block {
-    struct norm attn_norm, mlp_norm;
+    struct norm attn_norm, mlp_norm, q_norm, k_norm;
     struct linear qkv, o, up, down;
     float stream_share, embed_share; /* of what the block reads */
 };
 
 struct shape {
     long h, hkv, d, room;
-    int activation, normalises, cache_is_half;
+    int activation, cache_is_half;
 };
 
 static void multiply(const struct linear *own, const float *x, float *y, const struct norm *norm,
@@ -422,10 +423,10 @@ void run_blocks(const struct block *blocks, const struct shape *shape, float *x,
         multiply(&own->qkv, x, qkv, &own->attn_norm, b, NONE, 0, threads);
         if (shape->cache_is_half)
             attend_bfloat16(qkv, keys[layer], values[layer], y, positions, cos, sin, b, h, hkv, room,
-                            d, shape->normalises, threads);
+                            d, &own->q_norm, &own->k_norm, threads);
         else
             attend_float32(qkv, keys[layer], values[layer], y, positions, cos, sin, b, h, hkv, room,
-                           d, shape->normalises, threads);
+                           d, &own->q_norm, &own->k_norm, threads);
         multiply(&own->o, y, x, &none, b, NONE, 1, threads);
         multiply(&own->up, x, inner, &own->mlp_norm, b, shape->activation, 0, threads);
         multiply(&own->down, inner, x, &none, b, NONE, 1, threads);

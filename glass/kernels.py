@@ -102,9 +102,9 @@ class Norm(ctypes.Structure):
         ("bias", ctypes.c_void_p),
     ]
 
-    def __init__(self, norm=None):
+    def __init__(self, norm=None, kind=0, eps=0.0):
         if norm is None:
-            super().__init__(0)
+            super().__init__(kind, eps)
             return
         self.kept = [wide(norm.weight), wide(getattr(norm, "bias", None))]
         kind = 1 if isinstance(norm, torch.nn.LayerNorm) else 2
@@ -133,7 +133,7 @@ class Linear(ctypes.Structure):
 class OneBlock(ctypes.Structure):
     """struct block, for a Block with joined products."""
 
-    _fields_ = [("attn_norm", Norm), ("mlp_norm", Norm)]
+    _fields_ = [(f"{name}_norm", Norm) for name in ("attn", "mlp", "q", "k")]
     _fields_ += [(name, Linear) for name in ("qkv", "o", "up", "down")]
     _fields_ += [("stream_share", ctypes.c_float), ("embed_share", ctypes.c_float)]
 
@@ -142,7 +142,7 @@ class Shape(ctypes.Structure):
     """struct shape."""
 
     _fields_ = [(name, ctypes.c_long) for name in ("h", "hkv", "d", "room")]
-    _fields_ += [(name, ctypes.c_int) for name in ("activation", "normalises", "cache_is_half")]
+    _fields_ += [(name, ctypes.c_int) for name in ("activation", "cache_is_half")]
 
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -236,7 +236,7 @@ class Blocks:
             shares = list(zip(mix.stream_share.tolist(), mix.embed_share.tolist(), strict=True))
         self.blocks = (OneBlock * config.n_layer)()
         for own, block, share in zip(self.blocks, model.blocks, shares, strict=True):
-            parts = [Norm(block.attn_norm), Norm(block.mlp_norm)]
+            parts = [Norm(block.attn_norm), Norm(block.mlp_norm), *qk_norms(block, config)]
             parts += [Linear(block.attn.qkv_proj), Linear(block.attn.o_proj)]
             parts += [Linear(block.mlp.up_proj, config.n_inner), Linear(block.mlp.down_proj)]
             for (name, _), part in zip(OneBlock._fields_, parts, strict=False):
@@ -245,7 +245,7 @@ class Blocks:
             kept += parts  # they hold the tensors that the pointers name
         self.kept = kept
         self.shape = Shape(config.n_head, config.n_kv_head, config.head_dim)
-        self.shape.activation, self.shape.normalises = ACTIVATIONS[config.mlp], config.qk_norm
+        self.shape.activation = ACTIVATIONS[config.mlp]
 
     def are_of(self, model):
         """Whether the model still has the weights that it had here."""
@@ -274,6 +274,14 @@ class Blocks:
             torch.get_num_threads(),
         )
         return x
+
+
+def qk_norms(block, config):
+    """The Norms of a block's queries and of its keys."""
+    if config.qk_norm_weight:
+        return Norm(block.attn.prepare.q_norm), Norm(block.attn.prepare.k_norm)
+    eps = torch.finfo(torch.float32).eps  # that of F.rms_norm
+    return [Norm(kind=2 if config.qk_norm else 0, eps=eps)] * 2
 
 
 def weights_of(model):

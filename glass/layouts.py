@@ -126,21 +126,19 @@ QWEN2 = replace(  # Llama with biases of q, k and v alone
     supported=OF_QWEN,
     fixed=LLAMA.fixed | {"bias": False, "qkv_bias": True, "o_bias": False},
 )
-QWEN3 = (
-    replace(  # Llama with QK-norm; written only, since its QK-norm has weights and ours has none
-        LLAMA,
-        architecture="Qwen3ForCausalLM",
-        model_type="qwen3",
-        modules=LLAMA.modules
-        | {f"layers.*.self_attn.{x}_norm": f"blocks.*.attn.{x}_norm" for x in "qk"},
-        settings=without(LLAMA.settings, "mlp_bias"),
-        supported=OF_QWEN,
-        fixed=LLAMA.fixed | {"bias": False, "qk_norm": True},
-    )
+QWEN3 = replace(  # Llama with QK-norm that has weights; a model without them is written so too
+    LLAMA,
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    modules=LLAMA.modules
+    | {f"layers.*.self_attn.{x}_norm": f"blocks.*.attn.prepare.{x}_norm" for x in "qk"},
+    settings=without(LLAMA.settings, "mlp_bias") | {"head_dim": ("head_dim", 128)},
+    supported=OF_QWEN,
+    fixed=LLAMA.fixed | {"bias": False, "qk_norm": True, "qk_norm_weight": True},
 )
 # any model of ours: its settings are GPTConfig's, and its tensors have our names after the prefix
 OWN = Layout("GlassGPTForCausalLM", "glassgpt", "gpt.", {}, {}, {}, {})
-LAYOUTS = (GPT2, LLAMA, QWEN2, OWN)  # those that are read
+LAYOUTS = (GPT2, LLAMA, QWEN2, QWEN3, OWN)
 # the architecture of a config.json that names none
 BY_TYPE = {layout.model_type: layout.architecture for layout in LAYOUTS}
 LLAMA3_SCALING = (
@@ -313,7 +311,9 @@ def expresses(layout, config):
     """Whether models of a kind compute what this GPTConfig says."""
     if config.n_layer == 0 or config.smear or config.embed_skip:
         return False
-    needed = {"qk_norm": False} | without(layout.fixed, "bias" if layout is GPT2 else "")
+    needed = {"qk_norm": False} | without(
+        layout.fixed, "bias" if layout is GPT2 else "", "qk_norm_weight"
+    )
     if layout is GPT2:  # biases that a model lacks are written as zeros
         needed |= {"n_kv_head": config.n_head, "head_dim": config.n_embd / config.n_head}
         return config.mlp != "swiglu" and has(config, needed)

@@ -52,7 +52,9 @@ def orthogonalise(matrices):
     x = matrices.bfloat16() if is_fast else matrices.float()
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
-    x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1, if rounded
+    x = x / (
+        1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7
+    )  # no singular value above 1, if rounded
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -117,7 +119,7 @@ class Muon(torch.optim.Optimizer):
             updates = on_whole_matrices(make_updates, ahead, first)
         else:
             updates = make_updates(torch.stack(ahead)).to(first.dtype)  # (n, rows, columns)
-        for square, update in zip(squares, updates):
+        for square, update in zip(squares, updates, strict=False):  # no squares without beta2
             square.copy_(update[:, columns:])
         updates = [update[:, :columns] for update in updates]
         scale = max(1, rows / columns) ** 0.5

@@ -366,7 +366,7 @@ QUESTIONS = {
         which python function or class does this? {}
         i am looking for something in python with this description but i dont know its name: {}
         need the name of the stdlib function/method/class documented as "... {}"
-        Here is a description with its first word removed: "{}" Which function, method or class of the standard library does it describe?
+        How is called the thing in Python which do this: {}
         """),
     "exists": lines_of("""
         Does {} exist?
@@ -726,7 +726,16 @@ KEYWORDS = {
         made up
     """),
 }
-KEYWORD_FORMS = ("{}: ...", "{} ...", "... {}", "{}, ...", "{} - ...", "...: {}", "{}? ...", "... of {}")
+KEYWORD_FORMS = (
+    "{}: ...",
+    "{} ...",
+    "... {}",
+    "{}, ...",
+    "{} - ...",
+    "...: {}",
+    "{}? ...",
+    "... of {}",
+)
 KEYWORD_SHARE = 0.12
 # about what the question before named; the last N_TEST are for the test alone
 FOLLOW_UPS = lines_of("""

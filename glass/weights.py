@@ -6,7 +6,7 @@
 
 A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json
 names. The kinds are in layouts.py: GPT2LMHeadModel, LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama
-...), Qwen2ForCausalLM, and our own. Anything else is refused by name, so a model that loads computes
+...), Qwen2- and Qwen3ForCausalLM, our own. Anything else is refused by name, so a model that loads computes
 what the published one does.
 """
 
@@ -76,7 +76,7 @@ DOWNLOADED = [
 ARCHITECTURE = set(
     "vocab_size n_layer n_head n_kv_head n_embd head_dim n_inner bias qkv_bias o_bias".split()
 )
-ARCHITECTURE |= set("norm mlp pos qk_norm tie_weights smear embed_skip".split())
+ARCHITECTURE |= set("norm mlp pos qk_norm qk_norm_weight tie_weights smear embed_skip".split())
 
 
 def load_model(name_or_folder, which="best", dtype=None):
@@ -383,7 +383,7 @@ def published_tensors(model, layout):
             if has_bias:
                 zeros = state[name].new_zeros(len(state[name]))
                 state.setdefault(name.removesuffix("weight") + "bias", zeros)
-    if layout is QWEN3:
+    if layout is QWEN3 and not model.config.qk_norm_weight:
         scale_for_qwen3(state, model.config)
     names = list(tensor_names(layout, state, layout.prefix))
     if left := state.keys() - {name for _, ours, _ in names for name in ours}:
@@ -413,7 +413,7 @@ def scale_for_qwen3(state, config):
     for layer in range(config.n_layer):
         for x in "qk":
             ones = state["tok_emb.weight"].new_ones(config.head_dim)
-            state[f"blocks.{layer}.attn.{x}_norm.weight"] = ones
+            state[f"blocks.{layer}.attn.prepare.{x}_norm.weight"] = ones
 
 
 def save_pretrained(model, folder, tokenizer=None):

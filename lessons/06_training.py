@@ -393,6 +393,8 @@ source(train)
 # ## To read
 # - Kingma, Ba 2014, "Adam", arXiv:1412.6980: algorithm 1.
 # - Loshchilov, Hutter 2017, "Decoupled weight decay regularization", arXiv:1711.05101: the W.
-# - Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon. Better polynomials: arXiv:2505.16932. NorMuon: arXiv:2510.05491.
+# - Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon.
+# - Amsel et al. 2025, "The Polar Express", arXiv:2505.16932: the polynomials.
+# - Li et al. 2025, "NorMuon", arXiv:2510.05491.
 # - Kaplan et al. 2020, "Scaling laws for neural language models", arXiv:2001.08361.
 # - Hoffmann et al. 2022, "Training compute-optimal large language models", arXiv:2203.15556.
