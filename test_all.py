@@ -5545,6 +5545,24 @@ def test_the_page_compares_two_models_and_finds_where_a_text_is_from(site, tab):
     assert tab.texts("#view .message strong")[0] == decode(ids[i - n + 1 :])
 
 
+def test_the_page_begins_greedy_with_a_model_of_one_right_answer(site, tab, monkeypatch):
+    from playwright.sync_api import expect
+
+    slider = tab("[aria-label=temperature]")
+    with monkeypatch.context() as patched:
+        patched.setattr(loading.Loaded, "answers_exactly", True)
+        tab.choose_model("chat")
+        expect(slider).to_have_value("0")
+    tab.choose_model("base")
+    expect(slider).to_have_value("0.8")
+    slider.fill("0.5")  # what somebody chose stays
+    with monkeypatch.context() as patched:
+        patched.setattr(loading.Loaded, "answers_exactly", True)
+        tab.choose_model("chat")
+        tab.view("talk")
+        expect(slider).to_have_value("0.5")
+
+
 def test_the_page_shows_head_badges_and_goes_to_the_head_that_is_clicked(site, tab):
     tab.view("badges")
     found = torch.stack(trace.head_badges(site.loaded().model), -1)  # (L, H, kinds)

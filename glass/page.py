@@ -144,6 +144,7 @@ class Page:
                 "model": served.name,
                 "parameters": loaded.model.parameter_count(),
                 "chat": None if config.n_classes else loaded.chat_template,
+                "answers_exactly": loaded.answers_exactly,
                 "labels": task.get("labels") if config.n_classes else None,
                 "faq": self.faq is not None,
                 "sources": list(SOURCES_OF),
