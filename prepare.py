@@ -62,7 +62,9 @@ class Settings:
     shard_tokens: int = 100_000_000  # tokens per shard
     workers: int | None = None  # processes that tokenize; None: one per core
     overwrite: bool = False  # make a dataset again that is there already
-    objects: int | None = None  # of docs: how many functions and classes; None: 2,000
+    objects: int | None = (
+        None  # of docs: how many functions and classes; None: 2,000; -N: the last N
+    )
     allow_unknown: bool = False  # even if a given tokenizer does not know a tenth of the text
     part: str | None = None  # 3/16: only the third of sixteen parts of the files, counted from 1
     join: bool = False  # make one dataset of all its parts
@@ -91,10 +93,9 @@ class Settings:
                     f"part={self.part} needs --input, and a tokenizer that is there already, gpt2 "
                     "or a FILE that python bpe.py train made: each part knows its own text only"
                 )
-        if self.objects is not None and (self.name != "docs" or self.objects < 1):
+        if self.objects is not None and (self.name != "docs" or not self.objects):
             raise ValueError(
-                f"objects={self.objects} is for python prepare.py docs, and at least 1: "
-                "leave it out"
+                f"objects={self.objects} is for python prepare.py docs, and not 0: leave it out"
             )
         if self.input and source and source.kind == "choices":
             raise ValueError(

@@ -8175,6 +8175,11 @@ def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(m
     for name, fact in facts.items():
         path = name.removeprefix(fact.module + ".").split(".")
         assert functools.reduce(getattr, path, importlib.import_module(fact.module))
+    last = sorted(facts.values(), key=lambda fact: (-fact.uses, fact.name))[-1]
+    asked = {row.get("output") for row in docs.docs_records(objects=-1)}
+    assert (
+        f"Yes, in {last.module}." in asked and last.sentence in asked and join.sentence not in asked
+    )
     rows = list(docs.docs_records(objects=40))
     single, used = [], set()
     for row in rows:

@@ -261,6 +261,8 @@ def arguments_of(node):
 def docs_records(objects=N_OBJECTS, seed=1337):
     """Yield the questions about the `objects` most used Facts, with their answers and splits.
 
+    A negative number takes the least used ones.
+
     Each is a dict with the keys kind, instruction, output and split, or kind, messages and split.
     People ask one thing after another, so most questions for training stand in conversations, of
     which all answers are learned.
@@ -296,7 +298,7 @@ def joined(rows, rng):
 def single_questions(objects, rng):
     """Yield rows, a question each, or a question and what is then asked about its answer."""
     every = read_facts()
-    facts = every[:objects]
+    facts = every[:objects] if objects > 0 else every[objects:]
     shared = Counter(asked_as("which", fact) for fact in every)
     shared.update(asked_as("module", fact) for fact in every)
     words = sorted({each for fact in every for each in re.findall(r"\b[a-z]{2,}\b", fact.sentence)})
