@@ -62,9 +62,7 @@ class Settings:
     shard_tokens: int = 100_000_000  # tokens per shard
     workers: int | None = None  # processes that tokenize; None: one per core
     overwrite: bool = False  # make a dataset again that is there already
-    objects: int | None = (
-        None  # of docs: how many functions and classes; None: 2,000; -N: the last N
-    )
+    objects: int | None = None  # of docs: functions and classes; None: 2,000; -N: the last N
     allow_unknown: bool = False  # even if a given tokenizer does not know a tenth of the text
     part: str | None = None  # 3/16: only the third of sixteen parts of the files, counted from 1
     join: bool = False  # make one dataset of all its parts

@@ -78,6 +78,7 @@ from glass import (
     sources,
     trace,
     weights,
+    wording,
 )
 from glass.device import Processes, autocast
 from glass.loading import Drawing
@@ -8220,11 +8221,11 @@ def test_docs_asks_about_what_exists_in_phrasings_that_the_splits_do_not_share(m
 @pytest.mark.parametrize("kind", [*phrasings.QUESTIONS, "conversation"])
 def test_training_phrasings_name_one_thing_and_are_not_those_of_the_test(kind):
     rng, words = random.Random(0), ["return", "given", "file"]
-    drawn = [phrasings.training_phrasing(kind, words, rng) for _ in range(3000)]
+    drawn = [wording.training_phrasing(kind, words, rng) for _ in range(3000)]
     assert all(each.count("{}") == (kind != "conversation") for each in drawn)
     assert len(set(drawn)) > 1500
     letters = {re.sub(r"[^a-z{} ]", "", each.lower()).strip() for each in drawn}
-    for each in phrasings.phrasings(kind, "test"):
+    for each in wording.phrasings(kind, "test"):
         assert re.sub(r"[^a-z{} ]", "", each.lower()).strip() not in letters
 
 

@@ -14,8 +14,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from glass.chat import messages_of
-from glass.phrasings import phrasings, training_phrasing
 from glass.sources import ascii_text, python_sources
+from glass.wording import phrasings, training_phrasing
 
 LEFT_OUT = {"idlelib", "turtledemo", "distutils", "pydoc_data", "ensurepip", "encodings"}
 # modules that users know by another name; None: the same functions for another system
