@@ -17,6 +17,8 @@ smear = True
 embed_skip = True
 
 optimizer = "muon"
+momentum = 0.9
+muon_beta2 = 0.95
 muon_weight_decay = 0.1
 batch_size = 8
 gradient_accumulation_steps = 1
