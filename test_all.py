@@ -2414,7 +2414,9 @@ def test_looks_at_a_few_windows_draw_the_curve_and_choose_nothing(workdir, capsy
 
 def test_a_checkpoint_of_version_1_goes_on(workdir, capsys, monkeypatch):
     """test_data/ckpt_0000004.pt is a TINY_RUN of commit 5a8cc65, which went on to a loss of 3.2616 at step 6."""
-    monkeypatch.setattr(optim, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5)  # Muon's at that time
+    monkeypatch.setattr(
+        optim, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5
+    )  # Muon's at that time
     Path("out/old").mkdir(parents=True)
     Path("out/old/ckpt_0000004.pt").write_bytes(
         (HERE / "test_data" / "ckpt_0000004.pt").read_bytes()
