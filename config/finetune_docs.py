@@ -1,6 +1,5 @@
 # config/finetune_docs.py: what Python's library does, asked in many phrasings; the base is config/docs.py's
-# expect 79% exact matches on 3,000 test questions (bench.py docs), 15 to 24 minutes on two Sapphire Rapids cores;
-# measured before training's questions got words put in (RESULTS.md)
+# expect 92% exact matches on 3,000 test questions (bench.py docs) in 13 to 14 minutes on two cores of an AMD Zen 5 server
 task = "instruct"
 dataset = "docs"
 init_from = "out/docs"
