@@ -50,22 +50,8 @@ POLITE = (
 POLITE_SHARE = 0.15
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
 UNKNOWN_ROUNDS = 3  # for training; each makes up a name of every kind from each real one
-BEFORE = (
-    "get",
-    "get_",
-    "set_",
-    "is_",
-    "is",
-    "to_",
-    "from_",
-    "add_",
-    "un",
-    "re",
-    "do_",
-    "a",
-    "new_",
-)
-AFTER = ("s", "er", "ed", "_all", "all", "_to", "_file", "dir", "list", "_name", "2", "_at", "one")
+BEFORE = "get get_ set_ is_ is to_ from_ add_ un re do_ a new_".split()
+AFTER = "s er ed _all all _to _file dir list _name 2 _at one".split()
 LONGEST_TALK = 240  # characters of several questions and answers in one conversation
 LATER_SHARE = 0.1  # of the questions of the test: asked after another one too
 VAL_SHARE = 0.2  # of what could be asked for validation
@@ -261,9 +247,7 @@ def arguments_of(node):
 def docs_records(objects=N_OBJECTS, seed=1337):
     """Yield the questions about the `objects` most used Facts, with their answers and splits.
 
-    A negative number takes the least used ones.
-
-    Each is a dict with the keys kind, instruction, output and split, or kind, messages and split.
+    A negative number takes the least used ones. Each is a dict with the keys kind, instruction, output and split, or kind, messages and split.
     People ask one thing after another, so most questions for training stand in conversations, of
     which all answers are learned.
     """

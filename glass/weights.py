@@ -6,8 +6,8 @@
 
 A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json
 names. The kinds are in layouts.py: GPT2LMHeadModel, LlamaForCausalLM (Llama 3, SmolLM2, TinyLlama
-...), Qwen2- and Qwen3ForCausalLM, our own. Anything else is refused by name, so a model that loads computes
-what the published one does.
+...), Qwen2ForCausalLM, Qwen3ForCausalLM, and our own. Anything else is refused by name, so a model
+that loads computes what the published one does.
 """
 
 import difflib
