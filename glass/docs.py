@@ -247,7 +247,8 @@ def arguments_of(node):
 def docs_records(objects=N_OBJECTS, seed=1337):
     """Yield the questions about the `objects` most used Facts, with their answers and splits.
 
-    A negative number takes the least used ones. Each is a dict with the keys kind, instruction, output and split, or kind, messages and split.
+    A negative number takes the least used ones. Each row is a dict with the keys kind, instruction,
+    output and split, or kind, messages and split.
     People ask one thing after another, so most questions for training stand in conversations, of
     which all answers are learned.
     """

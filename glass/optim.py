@@ -52,9 +52,8 @@ def orthogonalise(matrices):
     x = matrices.bfloat16() if is_fast else matrices.float()
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
-    x = x / (
-        1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7
-    )  # no singular value above 1, if rounded
+    # no singular value above 1, rounded too
+    x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -81,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are updated as one batch. An update is scaled by sqrt(max(1, rows /
     columns)), so that lr means the same for every shape. Weight decay is decoupled. With beta2 the
-    rows of an update get sizes of their own: see `with_even_rows`. Source: see `orthogonalise`.
+    rows of an update get even sizes: see `with_even_rows`. Source: see `orthogonalise`.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, beta2=0.0):
