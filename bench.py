@@ -22,6 +22,7 @@ PROGRAMS = {  # the name of a file in bench/, and what it measures
     "faults": "kill -9 at random moments, resume, and compare the weights to the bit",
     "gpu": "what only a GPU can show: parity, resumption, speed, memory, in under ten minutes",
     "plan": "memory, bytes sent and time of training on N devices, by each way to share a model",
+    "facts": "how much of the library a model learns in one time, from ever more of it",
     "docs": "what a model tuned on docs knows, and refuses; beside TF-IDF",
     "fuzz": "wrong settings and damaged files: does each command end well, or say what is wrong",
 }

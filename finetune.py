@@ -280,6 +280,7 @@ class Instruct(Stage):
 
     SURE_SHARE = 0.98
     sure_above = None
+    score_name = "exact_match"
 
     def encode(self, rows, split):
         examples = []
@@ -348,39 +349,37 @@ class Instruct(Stage):
         """The row's reference answer."""
         return messages_of(row, self.template)[-1]["content"]
 
-    def right_answers(self, model, examples):
-        """(answers, is_right): the model's greedy answers, as Answered, and which of them are right.
+    def score(self, row, text):
+        """1.0 for a text that equals the row's reference answer, space around it aside, or 0.0."""
+        return float(text.strip() == self.reference_answer(row).strip())
 
-        A right one equals the row's reference answer, space around it aside.
-        """
+    def scored_answers(self, model, examples):
+        """(answers, scores): the model's greedy answers, as Answered, and the score of each."""
         answers = self.answers(model, examples)
-        is_right = []
-        for each in answers:
-            given = answer_text(self.tokenizer, each)
-            is_right.append(given.strip() == self.reference_answer(each.row).strip())
-        return answers, is_right
+        texts = [answer_text(self.tokenizer, each) for each in answers]
+        return answers, [self.score(a.row, t) for a, t in zip(answers, texts, strict=True)]
 
     def evaluate(self, model, context, processes, n_rows=None):
         figures = {"val_loss": self.answer_loss(model, self.val_examples(n_rows), context)}
         if self.compares_answers and n_rows is None:
             chosen = spread(self.examples["val"], self.settings.eval_answers)
-            answers, is_right = self.right_answers(model, chosen)
-            figures["val_exact_match"] = sum(is_right) / len(is_right)
-            if right := [each for each, good in zip(answers, is_right, strict=True) if good]:
+            answers, scores = self.scored_answers(model, chosen)
+            figures["val_exact_match"] = sum(scores) / len(scores)
+            if right := [each for each, good in zip(answers, scores, strict=True) if good]:
                 sureness = mean_logprobs(model, right)
                 self.sure_above = sureness.quantile(1 - self.SURE_SHARE).item()
         return figures
 
     def test(self, model, context, folder=None):
-        """The answers' loss. Where answers are compared, exact matches too, overall and by kind."""
+        """The answers' loss. Where answers are compared, their mean score too, overall and by kind."""
         examples = spread(self.examples["test"], self.settings.test_items)
         figures = {"answer_loss": self.answer_loss(model, examples, context)}
         if self.compares_answers:
-            _, right = self.right_answers(model, examples)
-            figures["exact_match"] = sum(right) / max(1, len(right))
+            _, scores = self.scored_answers(model, examples)
+            figures[self.score_name] = sum(scores) / max(1, len(scores))
             by_kind = {}
-            for example, is_right in zip(examples, right, strict=True):
-                by_kind.setdefault(example.row.get("kind", ""), []).append(is_right)
+            for example, score in zip(examples, scores, strict=True):
+                by_kind.setdefault(example.row.get("kind", ""), []).append(score)
             for kind in sorted(by_kind.keys() - {""}):
                 of_kind = by_kind[kind]
                 figures[f"{kind} ({len(of_kind)})"] = sum(of_kind) / len(of_kind)
@@ -557,6 +556,8 @@ class Reinforce(Instruct):
         reward = read_function(settings.reward, "reward", "reward(prompt, answer) -> float")
         super().__init__(settings, records, model, tokenizer, processes)
         self.reward_function = reward
+        if reward is not None:
+            self.score_name = "reward"
         # an estimate: as if every drawn answer were as long as the row's reference answer
         self.tokens_per_step *= settings.group_size
         self.sampled = None  # what `draw` gave last
@@ -567,6 +568,10 @@ class Reinforce(Instruct):
         self.differing = dict.fromkeys(
             self.by_kind, 0.5
         )  # the fraction of a kind's groups that differ
+
+    @property
+    def compares_answers(self):
+        return self.reward_function is not None or super().compares_answers
 
     def encode(self, rows, split):
         examples, s = super().encode(rows, split), self.settings
@@ -626,7 +631,7 @@ class Reinforce(Instruct):
         counts = Counter(pairs)
         reward_of_pair = {}
         for i, ids in counts:
-            reward_of_pair[i, ids] = self.reward_of(examples[i].row, self.text_of(ids))
+            reward_of_pair[i, ids] = self.score(examples[i].row, self.text_of(ids))
         rewards = torch.tensor([reward_of_pair[pair] for pair in pairs]).view(-1, G)  # (prompts, G)
         differs = rewards.amax(1) > rewards.amin(1)  # (prompts,)
         self.note(
@@ -682,10 +687,10 @@ class Reinforce(Instruct):
             self.differing[kind] = (32 * fraction + sum(of_kind)) / (32 + len(of_kind))
 
     @torch.no_grad()  # a reward function may change the mode; this puts it back
-    def reward_of(self, row, text):
+    def score(self, row, text):
         """The value of the reward function. Without a function: 1 for an exact match, 0 otherwise."""
         if self.reward_function is None:
-            return float(text.strip() == self.reference_answer(row).strip())
+            return super().score(row, text)
         value = self.reward_function(messages_of(row, self.template)[-2]["content"], text)
         try:
             number = float(value)
@@ -731,8 +736,7 @@ class Reinforce(Instruct):
         """The mean reward of greedy answers; val_loss is its negative, so that lower is better."""
         n = self.settings.eval_answers if n_rows is None else n_rows
         examples = spread(self.examples["val"], n)
-        answers = self.texts(model, examples)
-        rewards = [self.reward_of(e.row, text) for e, text in zip(examples, answers, strict=True)]
+        _, rewards = self.scored_answers(model, examples)
         mean = sum(rewards) / len(rewards)
         return {"val_loss": -mean, "val_reward": mean}
 

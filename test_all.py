@@ -76,6 +76,7 @@ from glass import (
     score,
     shards,
     sources,
+    tasks,
     trace,
     weights,
     wording,
@@ -2705,6 +2706,19 @@ def test_an_input_that_is_no_text_is_named(base, capsys):
         file.write('{"instruction": "to", "input": 5, "output": "be"}\n')
     status, _, err = tune("instruct", capsys)
     assert status == 2 and "orders.jsonl line 61: input=5 must be a text" in err
+
+
+def test_the_test_of_reinforce_is_by_the_reward(long_base, capsys):
+    Path("length.py").write_text("def reward(prompt, answer):\n    return float(len(answer))\n")
+    status, out, err = tune("reinforce", capsys, "--reward=length.py")
+    assert status == 0, err
+    model, _, _ = weights.load_run("out/tuned", "best")
+    stage, _ = stage_of("reinforce", "--reward=length.py")
+    answers = stage.texts(model.eval(), stage.examples["test"])
+    mean = sum(map(len, answers)) / len(answers)
+    figures = json.loads(Path("out/tuned/test.json").read_text())
+    assert figures["after"]["reward"] == pytest.approx(mean)
+    assert "exact_match" not in figures["after"]
 
 
 @pytest.mark.parametrize("value", ("float('nan')", "None", "'good'", "10**400"))
@@ -8247,6 +8261,21 @@ def test_tasks_have_right_answers_and_no_text_in_two_splits(in_tmp_path):
     answers = {r["kind"]: r for r in map(json.loads, splits["test"])}
     assert answers["reverse"]["output"] == answers["reverse"]["input"][::-1]
     assert answers["add"]["output"] == str(sum(map(int, answers["add"]["input"].split())))
+
+
+def test_sums_are_right_for_their_reward_and_are_not_those_of_tasks(in_tmp_path):
+    found = list(tasks.sum_records())
+    assert {
+        split: len([r for r in found if r["split"] == split]) for split in tasks.SUMS
+    } == tasks.SUMS
+    shown = {r["input"] for r in tasks.task_records() if r["kind"] == "sums"}
+    assert len(shown) == tasks.SUMS_SHOWN and not shown & {r["input"] for r in found}
+    reward = files.read_function(str(HERE / "config/reward_sums.py"), "reward", "reward(...)")
+    for r in found[:100]:
+        asked = f"{r['instruction']} {r['input']}"
+        assert reward(asked, r["output"]) == reward(asked, f" {r['output']}\n") == 1.0
+        for wrong in (f"{r['input']} + 0", f"{int(r['input']) - 5} + 5", "10 + 10", "", r["input"]):
+            assert reward(asked, wrong) == 0.0, wrong
 
 
 def test_always_there_documents_are_english_in_ascii():

@@ -26,9 +26,9 @@ learning_rate = 6e-3
 lr_shape = "linear"
 min_lr = 0.0
 warmup_iters = 50
-max_iters = 1000
-lr_decay_iters = 1000
+max_iters = 400
+lr_decay_iters = 400
 
-eval_interval = 500
+eval_interval = 400
 eval_iters = 50
 log_interval = 50

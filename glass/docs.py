@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from glass.chat import messages_of
+from glass.phrasings import POLITE
 from glass.sources import ascii_text, python_sources
 from glass.wording import phrasings, training_phrasing
 
@@ -37,17 +38,9 @@ class Fact:
 
 
 # of the training phrasings of each kind, how many are asked about one thing: the harder, the more
-ASKED = {"does": 8, "arguments": 7, "module": 6, "which": 5, "exists": 4}
+ASKED = {"does": 7, "arguments": 8, "module": 8, "which": 6, "exists": 4}
 TYPED_SHARE = 0.3  # of training questions as people type them: small letters, nothing at the end
-POLITE = (
-    "Hello. ...",
-    "Please: ...",
-    "A question: ...",
-    "... Thanks.",
-    "Tell me, ...",
-    "Well, ...",
-)
-POLITE_SHARE = 0.15
+POLITE_SHARE = 0.2
 UNKNOWN_ASKED = ("does", "arguments", "exists")  # of names that do not exist
 UNKNOWN_ROUNDS = 3  # for training; each makes up a name of every kind from each real one
 BEFORE = "get get_ set_ is_ is to_ from_ add_ un re do_ a new_".split()
@@ -378,12 +371,13 @@ def made_up_names(facts, known, rng):
     """Yield (name, kind, split) of names that do not exist, made from real ones.
 
     unknown: the module of one and the last part of another, two last parts joined or blended, a
-    letter left out or doubled, something put before or after; no name is in two splits. "unknown
-    word" and "unknown letters" are for the test alone: the last part replaced by a word of a
-    sentence, or two neighbouring letters exchanged.
+    letter left out or doubled, something put before or after, two words of names joined; no name is
+    in two splits. "unknown word" and "unknown letters" are for the test alone: the last part
+    replaced by a word of a sentence, or two neighbouring letters exchanged.
     """
     last_parts = [fact.name.rpartition(".")[2] for fact in facts]
     words = sorted({word for fact in facts for word in re.findall(r"[a-z]{4,}", fact.sentence)})
+    name_words = sorted({word for last in last_parts for word in re.findall(r"[a-z]{3,}", last)})
     made = set()
     for fact in facts:
         home, _, last = fact.name.rpartition(".")
@@ -401,6 +395,7 @@ def made_up_names(facts, known, rng):
                 rng.choice(last_parts),
                 last + rng.choice(last_parts),
                 f"{last}_{rng.choice(last_parts)}",
+                f"{rng.choice(name_words)}_{rng.choice(name_words)}",
                 begin + after + rest,
                 begin + here + here + after + rest,
             ):

@@ -101,6 +101,12 @@ QUESTIONS = {
         hi, im new to python and i keep seeing {} in code, what is it for?
         {} - what's it do
         Could you explain to the class, in one sentence, the purpose of {}?
+        quick q, whats {} do exactly
+        Hello, could you please explain me what is the purpose of {}? Thank you.
+        I came across {} in some lecture code today, and I would like to understand what it actually does.
+        whats {} do
+        Please, can you explain me what is doing {} ?
+        I would like to understand what {} does when it is used in a program.
         """),
     "arguments": lines_of("""
         Which arguments does {} take?
@@ -189,6 +195,12 @@ QUESTIONS = {
         what do i have to put in the brackets when i use {}?
         Which parameters does {} accept? Please list them in the order in which they are written.
         Hello, I want to call {} but I don't know which arguments it is taking.
+        {} params?? cant remember the order
+        Please, may I know which arguments I have to give to {} when I call it?
+        When I call {} in my program, what arguments does it accept?
+        args for {}?
+        Hello, which parameters I must to give to {} ?
+        Could you list the arguments that {} accepts, please?
         """),
     "module": lines_of("""
         In which module is {}?
@@ -276,6 +288,12 @@ QUESTIONS = {
         how do i know what to import so i can use {}? which module is it in?
         {} lives in which stdlib module
         Suppose a student wants to use {}. In which module of the standard library would they find it?
+        where do i import {} from again
+        Excuse me, in which module of Python I can find {}?
+        My assignment uses {} without showing the import, so could you tell me which module it belongs to?
+        which stdlib module has {} in it again?
+        I don't find {}, in what module it is?
+        Which module of the standard library contains {}?
         """),
     "which": lines_of("""
         Which name does this: {}
@@ -363,6 +381,12 @@ QUESTIONS = {
         i am looking for something in python with this description but i dont know its name: {}
         need the name of the stdlib function/method/class documented as "... {}"
         How is called the thing in Python which do this: {}
+        looking for the stdlib func whose doc says "... {}" name pls
+        Dear assistant, I search a function, its description is like this: {} Can you say me the name?
+        Our textbook only describes the function with the words "{}" and I want to know which one it is.
+        func for this: {}
+        I search a function, in the doc is written about it: {}
+        What is the name of the function whose description ends with the words "{}"
         """),
     "exists": lines_of("""
         Does {} exist?
@@ -455,6 +479,12 @@ QUESTIONS = {
         is {} a real thing that comes with python or did i make it up?
         does stdlib have {}? y/n
         True or false: the Python standard library contains {}.
+        is {} a real thing or did i make that up
+        Sorry for my question, but does Python really have {}? I am not sure about it.
+        A classmate told me to use {}, but I cannot tell whether it is actually part of Python.
+        {} - real or did i make that up
+        Is it existing in Python something called {} ?
+        Can you confirm whether Python's standard library really includes {}?
         """),
 }
 # Most people do not ask directly. They ask for what they want to know, or say where they met a name
@@ -785,6 +815,12 @@ FOLLOW_UPS = lines_of("""
     ok thanks! and what do i need to give it when i call it?
     Good. Now tell me which parameters it takes.
     Thank you, I understand. And what are the arguments of it, please?
+    ok and what do i pass it
+    Thank you, this is clear. And which arguments does it need, please?
+    Now that I understand what the function does, could you list the parameters that it takes?
+    ok and what args does it take
+    And which are the parameters of this function?
+    Thank you; could you now tell me what arguments I need to pass to it?
 """)
 # What any question may say as well: a model that meets "in Python" only where it is asked whether a
 # name exists answers "Yes" to whatever ends so.
@@ -820,6 +856,48 @@ TAILS = (
     " in one sentence",
     " in my program",
 )
+# what people say before and after a question
+POLITE = lines_of("""
+    Hello. ...
+    Hello, ...
+    Hi, ...
+    Hi! ...
+    Hey, ...
+    Please: ...
+    Please, ...
+    A question: ...
+    A quick question: ...
+    Just a question: ...
+    One more thing: ...
+    Sorry, ...
+    Excuse me, ...
+    Sorry to bother you, ...
+    I am new to this, ...
+    As a beginner I ask: ...
+    OK, ...
+    OK so ...
+    So, ...
+    Well, ...
+    Tell me, ...
+    Good morning. ...
+    Dear all, ...
+    You know Python: ...
+    I am stuck. ...
+    For my homework: ...
+    ... Thanks.
+    ... Thanks!
+    ... Thank you.
+    ... Thank you very much.
+    ... I forgot.
+    ... I am not sure.
+    ... I do not remember.
+    ... I cannot look it up now.
+    ... It is for my homework.
+    ... Anyone?
+    ... Be short.
+    ... Just curious.
+    ... Help!
+""")
 # words that may stand for each other in a question
 SAME = (
     ("arguments", "args", "parameters", "params", "arguments", "parameters"),
