@@ -34,7 +34,7 @@ IGNORANT, IGNORANT_STEPS = (
 class Settings:
     objects: list[str] = field(default_factory="500 1000 2000 4000 all".split)  # the most used ones
     base: str = "out/docs"  # the run that each starts from
-    max_iters: int = 1800  # steps of each run
+    max_iters: int = 1500  # steps of each run
     items: int = 1500  # test rows that each is asked
     picture: str = str(PICTURE)  # where the figures are drawn
 
