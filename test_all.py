@@ -3398,6 +3398,35 @@ def test_bench_docs_counts_answers_and_refusals(long_base, capsys, monkeypatch):
     assert re.search(r"all real +100.0% of 3", of_tfidf) and "0.0% of real" in of_tfidf
 
 
+def test_bench_facts_asks_each_run_once_and_leaves_out_what_the_ignorant_one_was_told(
+    long_base, capsys, monkeypatch
+):
+    from bench import facts
+
+    rows = [
+        {"kind": kind, "instruction": f"to {kind}", "output": answer}
+        for kind, answer in (("does", "be"), ("arguments", "or"), ("unknown", "not"))
+    ]
+    told = {"messages": [{"role": "user", "content": "to"}, {"role": "assistant", "content": "or"}]}
+    for n in (9, facts.IGNORANT):
+        folder = facts.RUNS / str(n) / "data/docs"
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "train.jsonl").write_text(json.dumps(told) + "\n")
+    assert tune("instruct", capsys)[0] == 0
+    made = []
+    monkeypatch.setattr(facts, "tuned", lambda *what: made.append(what) or Path("out/tuned"))
+    monkeypatch.setattr(facts, "read_facts", lambda: range(9))
+    words = ["--base=out", "--objects", "all", "20", "--picture=facts.png"]
+    for _ in range(2):
+        status, out, err = run_main(facts.main, words, capsys)
+        assert status == 0, err
+        assert "9 things:" in out and "0 bits of 1 facts" in out
+    assert [n for n, *_ in made] == [9, facts.IGNORANT] and Path("facts.png").is_file()
+    status, _, err = run_main(facts.main, ["--base=out", "--objects", "none"], capsys)
+    assert status == 2 and "objects=none must be numbers" in err
+
+
 def test_files_of_a_run_that_are_nested_without_end_or_of_another_kind_pass_as_torn(
     workdir, capsys
 ):

@@ -123,7 +123,9 @@ def draw(series, picture):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     things = [n for n, _, _ in series]
     for kind in FACTS:
-        left.plot(things, [shares[kind] for _, shares, _ in series], marker="o", label=kind)
+        left.plot(
+            things, [shares.get(kind, math.nan) for _, shares, _ in series], marker="o", label=kind
+        )
     left.set_ylabel("right to the letter")
     left.set_ylim(0, 1.02)
     left.legend()
