@@ -1,20 +1,17 @@
-# config/finetune_reinforce.py: numbers to write as sums of two, which config/finetune_tasks.py's model has seen few of
-# expect TODO
+# config/finetune_reinforce.py: the answers of config/finetune_tasks.py's model, the right ones reinforced (GRPO)
+# expect 95.6% of 500 test tasks after 95.2%, in 3.4 minutes on two cores of an AMD Zen 5 server
 task = "reinforce"
-dataset = "sums"
-reward = "config/reward_sums.py"
+dataset = "tasks"
 init_from = "out/finetune_tasks"
 out_dir = "out/finetune_reinforce"
 
-batch_size = 64  # prompts, each with 8 answers
+batch_size = 128  # prompts, each with 8 answers
 group_size = 8
-answer_tokens = 16
 optimizer = "muon"
 muon_lr = 0.003
 learning_rate = 3e-4  # of the embedding, the norms and the head
 lr_shape = "linear"
-max_iters = 100
-eval_interval = 50
-eval_answers = 500
-test_items = 1000
+max_iters = 160
+eval_interval = 80
+eval_answers = 1000
 log_interval = 5

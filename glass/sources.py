@@ -174,13 +174,6 @@ def task_records():
     yield from tasks.task_records()
 
 
-def sum_records():
-    """Yield numbers to write as sums: see glass/tasks.py."""
-    from glass import tasks
-
-    yield from tasks.sum_records()
-
-
 def docs_records(*objects):
     """Yield questions about Python's standard library: see glass/docs.py."""
     from glass import docs
@@ -434,9 +427,6 @@ SOURCES = {
     ),
     "tasks": Source(
         "small instructions with checkable answers", records=task_records, kind="instructions"
-    ),
-    "sums": Source(
-        "numbers to write as sums, for rewards", records=sum_records, kind="instructions"
     ),
     "docs": Source(
         "questions about the standard library, with its answers (PSF licence)",

@@ -1,8 +1,4 @@
-"""The datasets tasks and sums: small instructions whose answers a program can check.
-
-Of tasks, each has one right answer. A number is a sum of two others in many ways, so sums is for
-rewards; config/reward_sums.py checks it. The training split of tasks shows a few sums.
-"""
+"""The dataset tasks: small instructions, each with one right answer that can be checked."""
 
 import random
 
@@ -15,15 +11,13 @@ WORDS = (
 # Additional items of the training split, for the kinds that take a model the most examples to
 # learn.
 MORE_TASKS = {"add": 28_000, "subtract": 28_000, "sort": 14_000, "largest": 14_000}
-SUMS_SHOWN = 1_500  # in the training split of tasks
-SUMS = {"train": 8_000, "val": 1_000, "test": 1_000}
 
 
 def task_records(items_of_each_kind=2_500, more=6_000):
     """Yield small instructions with answers that can be checked.
 
     Each is a dict with the keys kind, instruction, input and output. First come equally many of
-    each kind, then more for the training split, in unequal numbers, then some sums.
+    each kind, then more for the training split, in unequal numbers.
     """
     rng, seen = random.Random(1337), set()
 
@@ -42,26 +36,6 @@ def task_records(items_of_each_kind=2_500, more=6_000):
         yield from (
             {**record, "split": "train"} for record in new_ones(kind, MORE_TASKS.get(kind, more))
         )
-    shown, _ = sums()
-    yield from ({**record, "split": "train"} for record in shown)
-
-
-def sum_records():
-    """Yield numbers to write as sums, with one of the ways each. None of them is in tasks."""
-    _, kept = sums()
-    for split, count in SUMS.items():
-        for _ in range(count):
-            yield {**kept.pop(), "split": split}
-
-
-def sums():
-    """(shown, kept): the records of sums that tasks has, and the others, in one random order."""
-    rng, records = random.Random(1337), []
-    for number in rng.sample(range(1_000, 100_000), SUMS_SHOWN + sum(SUMS.values())):
-        first = rng.randint(10, number - 10)
-        record = {"kind": "sums", "instruction": "Write the number as a sum of two."}
-        records.append({**record, "input": str(number), "output": f"{first} + {number - first}"})
-    return records[:SUMS_SHOWN], records[SUMS_SHOWN:]
 
 
 # Each task draws (instruction, input, answer) with the random generator rng.
