@@ -134,7 +134,7 @@ def draw(series, picture):
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.set_xscale("log")
-        axes.set_xticks(things, [f"{n:,}" for n in things])
+        axes.set_xticks(things, [f"{n:,}" for n in things], rotation=45)
         axes.minorticks_off()
         axes.set_xlabel("functions and classes taught")
     figure.tight_layout()
