@@ -3421,7 +3421,7 @@ def test_bench_facts_asks_each_run_once_and_leaves_out_what_the_ignorant_one_was
         status, out, err = run_main(facts.main, words, capsys)
         assert status == 0, err
         assert "9 things:" in out and "0 bits of 1 facts" in out
-    assert [n for n, *_ in made] == [9, facts.IGNORANT] and Path("facts.png").is_file()
+    assert [n for n, *_ in made] == [facts.IGNORANT, 9] and Path("facts.png").is_file()
     status, _, err = run_main(facts.main, ["--base=out", "--objects", "none"], capsys)
     assert status == 2 and "objects=none must be numbers" in err
 

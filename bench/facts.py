@@ -4,8 +4,8 @@
 
 Tunes with config/finetune_docs.py on the N most used functions and classes, for each N for the same
 number of steps, and draws what it then knows to pictures/facts.png. A run is in out/facts/N and is not
-run again; several processes may take an N each, and a last one draws. Bits of fact: see docs.py; the
-run that knows none of the facts is tuned on the least used ones.
+run again. Bits of fact: see docs.py; the run that knows none of the facts is tuned on the least used
+ones, first. Once it is there, several processes may take an N each, and a last one draws.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.docs import FACTS, Run, bits_of_fact, by_kind, read_rows, reference, refusals
 from glass.docs import read_facts
-from glass.files import replacing, write_json
+from glass.files import lock, replacing, write_json
 from glass.records import spread
 from glass.settings import HOME, configure
 
@@ -70,8 +70,8 @@ def as_number(word, n_all):
 
 def figures_of(n, settings):
     """What a run tuned on the n most used things knows: a dict for FIGURES."""
-    run = Run(tuned(n, settings.max_iters, settings.base))
     ignorant = Run(tuned(IGNORANT, IGNORANT_STEPS, settings.base))
+    run = Run(tuned(n, settings.max_iters, settings.base))
     rows = read_rows(str(RUNS / str(n) / "data/docs"), "test")
     told = read_rows(str(RUNS / str(IGNORANT) / "data/docs"), "train")
     told = {message["content"] for row in told for message in row["messages"]}
@@ -97,11 +97,13 @@ def tuned(objects, max_iters, base):
     run = folder / "out"
     if not run.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder)
         call(folder, "prepare.py", "docs", f"--objects={objects}", "--overwrite=True")
         options = [f"--max_iters={max_iters}", f"--eval_interval={max_iters}", "--test_items=100"]
         options += [f"--init_from={Path(base).resolve()}", "--out_dir=partial", "--overwrite=True"]
         call(folder, "finetune.py", HOME / "config/finetune_docs.py", *options)
         (folder / "partial").rename(run)
+        held.release()
     return run
 
 
