@@ -571,6 +571,7 @@ class Reinforce(Instruct):
 
     @property
     def compares_answers(self):
+        """Whether answers are scored: always where there is a reward function."""
         return self.reward_function is not None or super().compares_answers
 
     def encode(self, rows, split):

@@ -3407,8 +3407,8 @@ def test_bench_facts_asks_each_run_once_and_leaves_out_what_the_ignorant_one_was
         for kind, answer in (("does", "be"), ("arguments", "or"), ("unknown", "not"))
     ]
     told = {"messages": [{"role": "user", "content": "to"}, {"role": "assistant", "content": "or"}]}
-    for n in (9, facts.IGNORANT):
-        folder = facts.RUNS / str(n) / "data/docs"
+    for run in ((9, 1500), (facts.IGNORANT, facts.IGNORANT_STEPS)):
+        folder = facts.folder_of(*run) / "data/docs"
         folder.mkdir(parents=True)
         (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "train.jsonl").write_text(json.dumps(told) + "\n")
@@ -3416,13 +3416,14 @@ def test_bench_facts_asks_each_run_once_and_leaves_out_what_the_ignorant_one_was
     made = []
     monkeypatch.setattr(facts, "tuned", lambda *what: made.append(what) or Path("out/tuned"))
     monkeypatch.setattr(facts, "read_facts", lambda: range(9))
-    words = ["--base=out", "--objects", "all", "20", "--picture=facts.png"]
+    monkeypatch.setattr(facts, "BASE", Path("out"))
+    words = ["--objects", "all", "20", "--picture=facts.png"]
     for _ in range(2):
         status, out, err = run_main(facts.main, words, capsys)
         assert status == 0, err
         assert "9 things:" in out and "0 bits of 1 facts" in out
     assert [n for n, *_ in made] == [facts.IGNORANT, 9] and Path("facts.png").is_file()
-    status, _, err = run_main(facts.main, ["--base=out", "--objects", "none"], capsys)
+    status, _, err = run_main(facts.main, ["--objects", "none"], capsys)
     assert status == 2 and "objects=none must be numbers" in err
 
 

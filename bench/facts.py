@@ -3,8 +3,8 @@
     python train.py config/docs.py && python bench.py facts
 
 Tunes with config/finetune_docs.py on the N most used functions and classes, for each N for the same
-number of steps, and draws what it then knows to pictures/facts.png. A run is in out/facts/N and is not
-run again. Bits of fact: see docs.py; the run that knows none of the facts is tuned on the least used
+number of steps, and draws what it then knows to pictures/facts.png. Runs stay in out/facts/ and are
+not run again. Bits of fact: see docs.py; the run that knows none of the facts is tuned on the least used
 ones, first. Once it is there, several processes may take an N each, and a last one draws.
 """
 
@@ -24,30 +24,28 @@ from glass.settings import HOME, configure
 PICTURE = Path("pictures/facts.png")
 RUNS = Path("out/facts")
 FIGURES = "figures.json"  # of a run, in its folder; written last
-IGNORANT, IGNORANT_STEPS = (
-    -500,
-    500,
-)  # the least used things, and how long it takes to learn to answer
+BASE = Path("out/docs")  # the run that each starts from
+ITEMS = 1500  # test rows that each is asked
+IGNORANT = -500  # the least used things, for the run that knows none of the others
+IGNORANT_STEPS = 500  # in which it learns how to answer
 
 
 @dataclass
 class Settings:
     objects: list[str] = field(default_factory="500 1000 2000 4000 all".split)  # the most used ones
-    base: str = "out/docs"  # the run that each starts from
     max_iters: int = 1500  # steps of each run
-    items: int = 1500  # test rows that each is asked
     picture: str = str(PICTURE)  # where the figures are drawn
 
 
 def main(argv):
     s = configure(Settings, argv)
-    if not Path(s.base).is_dir():
-        raise ValueError(f"base={s.base} is not there: python train.py config/docs.py makes it")
+    if not BASE.is_dir():
+        raise ValueError(f"{BASE} is not there, needed is a base: python train.py config/docs.py")
     n_all, series = len(read_facts()), []
     for n in sorted({as_number(n, n_all) for n in s.objects}):
-        known = RUNS / str(n) / FIGURES
+        known = folder_of(n, s.max_iters) / FIGURES
         if not known.is_file():
-            write_json(known, figures_of(n, s))
+            write_json(known, figures_of(n, s.max_iters))
         figures = json.loads(known.read_text(encoding="utf-8"))
         shares = "  ".join(f"{kind} {share:.1%}" for kind, share in figures["right"].items())
         bits = f"{figures['bits']:,.0f} bits of {figures['facts']:,} facts"
@@ -68,15 +66,20 @@ def as_number(word, n_all):
     return min(int(word), n_all)
 
 
-def figures_of(n, settings):
+def folder_of(objects, max_iters):
+    """Where a run on so many things for so many steps is."""
+    return RUNS / f"{objects}_{max_iters}"
+
+
+def figures_of(n, max_iters):
     """What a run tuned on the n most used things knows: a dict for FIGURES."""
-    ignorant = Run(tuned(IGNORANT, IGNORANT_STEPS, settings.base))
-    run = Run(tuned(n, settings.max_iters, settings.base))
-    rows = read_rows(str(RUNS / str(n) / "data/docs"), "test")
-    told = read_rows(str(RUNS / str(IGNORANT) / "data/docs"), "train")
+    ignorant = Run(tuned(IGNORANT, IGNORANT_STEPS))
+    run = Run(tuned(n, max_iters))
+    rows = read_rows(str(folder_of(n, max_iters) / "data/docs"), "test")
+    told = read_rows(str(folder_of(IGNORANT, IGNORANT_STEPS) / "data/docs"), "train")
     told = {message["content"] for row in told for message in row["messages"]}
     new = [row for row in rows if reference(row) not in told]
-    asked = spread(rows, settings.items)
+    asked = spread(rows, ITEMS)
     texts, sureness = run.ask(asked)
     real, made_up = refusals(asked, texts, sureness, [-math.inf])
     is_right = [text.strip() == reference(row) for text, row in zip(texts, asked, strict=True)]
@@ -91,16 +94,16 @@ def figures_of(n, settings):
     }
 
 
-def tuned(objects, max_iters, base):
-    """The folder of a run on so many things, which is made if it is not there."""
-    folder = RUNS / str(objects)
+def tuned(objects, max_iters):
+    """A run on so many things for so many steps, which is made if it is not there: its folder."""
+    folder = folder_of(objects, max_iters)
     run = folder / "out"
     if not run.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder)
         call(folder, "prepare.py", "docs", f"--objects={objects}", "--overwrite=True")
         options = [f"--max_iters={max_iters}", f"--eval_interval={max_iters}", "--test_items=100"]
-        options += [f"--init_from={Path(base).resolve()}", "--out_dir=partial", "--overwrite=True"]
+        options += [f"--init_from={BASE.resolve()}", "--out_dir=partial", "--overwrite=True"]
         call(folder, "finetune.py", HOME / "config/finetune_docs.py", *options)
         (folder / "partial").rename(run)
         held.release()

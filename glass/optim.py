@@ -52,7 +52,7 @@ def orthogonalise(matrices):
     x = matrices.bfloat16() if is_fast else matrices.float()
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
-    # no singular value above 1, rounded too
+    # no singular value above 1, even when rounded
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
