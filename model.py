@@ -843,8 +843,9 @@ class GPT(nn.Module):
         return KVCache(self.config, batch_size, max_len, self.device, dtype)
 
     def decode(self, ids, cache):
-        """Append one token to every row of the cache: ids (B,) -> logits (B, V) in float32."""
-        return self.head(self.hidden(ids[:, None], cache)[:, 0]).float()
+        """Append tokens to every row of the cache: ids (B,) or (B, T) -> logits (..., V) in float32."""
+        idx = ids if ids.ndim == 2 else ids[:, None]  # (B, T)
+        return self.head(self.hidden(idx, cache)).float().view(*ids.shape, -1)
 
     def merge_lora(self):
         """Replace every LoRALinear by an nn.Linear that computes the same, in place."""

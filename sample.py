@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -46,6 +47,9 @@ class Settings(Drawing, ModelSettings):
     max_new_tokens: int = 500  # tokens of a text, at most
     num_samples: int = 1  # texts
     stop: list[str] = field(default_factory=list)  # strings that end a text
+    draft: Literal["prompt"] | None = (
+        None  # guess ahead from the text: faster where it repeats itself
+    )
     chat: bool = False  # a conversation in the terminal; /help lists its commands
     template: Template = "auto"  # of a chat; auto: the one that the model was tuned on
     system: str | None = None  # the system message of a chat
@@ -97,6 +101,7 @@ def drawing(settings, loaded):
         "stop": loaded.ends,
         "generator": torch.Generator().manual_seed(settings.seed),
         "compiled_decode": loaded.compiled_decode,
+        "draft": settings.draft,
     }
 
 
@@ -314,7 +319,7 @@ class Chat:
 # what only one way of working reads: the setting that chooses it, and the others
 READ_BY = {
     "chat": {"template", "system"},
-    "text": {"start", "num_samples", "show_probs", "max_new_tokens", "stop"},
+    "text": {"start", "num_samples", "show_probs", "max_new_tokens", "stop", "draft"},
 }
 
 
@@ -325,7 +330,7 @@ def check_given(given):
     way = next((name for name in ways if name in given), "text")
     read = READ_BY.get(way, set())
     if way == "chat":
-        read = read | {"max_new_tokens", "stop"}
+        read = read | {"max_new_tokens", "stop", "draft"}
     elif way in ("show_lens", "show_attention"):
         read = {"start"}
     idle = given.keys() & set.union(*READ_BY.values(), {"chat"} if way != "chat" else set()) - read

@@ -59,6 +59,7 @@ from glass import (
     contamination,
     core,
     docs,
+    draft,
     files,
     generate,
     intervals,
@@ -76,6 +77,7 @@ from glass import (
     score,
     shards,
     sources,
+    tasks,
     trace,
     weights,
     wording,
@@ -7328,6 +7330,98 @@ def test_blocks_by_the_kernel_compute_what_blocks_do(settings, quantize, monkeyp
 
 
 @needs_compiler
+@pytest.mark.parametrize("settings", FUSED)
+@pytest.mark.parametrize(
+    "way", [(None, torch.float32), (None, torch.bfloat16), ("int8", torch.float32)]
+)
+def test_several_tokens_in_one_step_of_the_kernel_are_to_the_bit_what_each_is_alone(settings, way):
+    quantize, dtype = way
+    model = tiny_model(n_embd=64, block_size=48, **settings).to(dtype)
+    generate.speed_up(model, quantize)
+    ids = torch.randint(61, (2, 9))
+
+    def decode(pieces):
+        cache, logits = model.new_cache(2, 40), []
+        model.hidden(ids[:, :5], cache)
+        cache.set_rows(torch.tensor([5, 3]), torch.arange(2))  # rows of different lengths
+        for piece in ids[:, 1:].split(pieces, dim=1):
+            logits.append(model.decode(piece if pieces != [1] * 8 else piece[:, 0], cache))
+        return torch.cat([each.view(2, -1, 61) for each in logits], dim=1), cache
+
+    with torch.no_grad():
+        alone, cache = decode([1] * 8)
+        together, same = decode([3, 4, 1])
+    assert torch.equal(alone, together)
+    for own, theirs in zip((*cache.k, *cache.v), (*same.k, *same.v), strict=True):
+        assert torch.equal(own, theirs)
+
+
+def repeating_model(**settings):
+    """A model that repeats a phrase of its prompt more often than not."""
+    model = tiny_model(
+        n_embd=64, n_layer=1, block_size=64, tie_weights=False, pos="rope", **settings
+    )
+    with torch.no_grad():
+        for p in model.blocks.parameters():
+            p.mul_(0.1)
+        following = model.tok_emb.weight.roll(1, 0)  # the head expects the next id
+        model.head.weight.copy_(6 * following)
+    return model
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(temperature=0),
+        dict(temperature=1.0, top_p=0.9),
+        dict(temperature=0.7, top_k=3, repetition_penalty=1.02, stop=[60]),
+    ],
+)
+def test_guesses_from_the_text_change_nothing_but_the_number_of_steps(by_kernel, how, monkeypatch):
+    if not by_kernel:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    model = repeating_model(smear=True)
+    generate.speed_up(model)
+    idx = torch.arange(24)[None] % 7  # 0 1 2 ... 6 0 1 ...
+    steps, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda *all_: steps.append(1) or decode(*all_))
+
+    def text(**more):
+        steps.clear()
+        generator = torch.Generator().manual_seed(1)
+        n = 100  # more than the block holds
+        made = generate.generate(model, idx, n, generator=generator, **how, **more)
+        return made.tolist(), len(steps)
+
+    plain, n_plain = text()
+    guessed, n_guessed = text(draft="prompt")
+    assert guessed == plain
+    assert n_guessed <= n_plain if how["temperature"] else n_guessed < n_plain / 2
+
+
+def test_guesses_are_what_followed_where_the_text_stood_before():
+    rows = generate.Rows(torch.tensor([[5, 1, 2, 3, 9, 8, 1, 2, 3, 7, 7, 1, 2, 3]]), None, 4)
+    lookup = draft.PromptLookup(None, rows)
+    assert lookup.guesses(2).tolist() == [7, 7]  # the latest time
+    assert lookup.guesses(9).tolist() == [7, 7, 1, 2, 3]
+    assert lookup.guesses(0).tolist() == lookup.guesses(-1).tolist() == []
+    rows.append(torch.tensor([4]))
+    assert lookup.guesses(2).tolist() == []
+
+
+def test_draft_is_refused_where_it_cannot_work(trained, capsys):
+    for words, message in (
+        (["--num_samples=2"], "one text"),
+        (["--export=folder"], "draft would do nothing with --export"),
+    ):
+        status, _, err = run_main(
+            sample.main, ["--out_dir=out/small", "--draft=prompt", *words], capsys
+        )
+        assert status == 2 and message in err
+
+
+@needs_compiler
 def test_hooks_see_blocks_that_the_kernel_would_take(monkeypatch):
     model, calls, seen = tiny_model(), [], []
     generate.speed_up(model)
@@ -8289,7 +8383,45 @@ def test_tasks_have_right_answers_and_no_text_in_two_splits(in_tmp_path):
     assert len(set(kinds)) == 10 and all(200 < kinds.count(kind) < 300 for kind in set(kinds))
     answers = {r["kind"]: r for r in map(json.loads, splits["test"])}
     assert answers["reverse"]["output"] == answers["reverse"]["input"][::-1]
-    assert answers["add"]["output"] == str(sum(map(int, answers["add"]["input"].split())))
+    numbers = list(map(int, answers["add"]["input"].split()))
+    assert answers["add"]["output"].endswith(f": {sum(numbers)}")
+
+
+def test_sums_and_differences_are_worked_out_digit_by_digit():
+    assert tasks.worked_sum((347, 88)) == "7+8=15, 4+8+1=13, 3+1=4: 435"
+    assert tasks.worked_sum((5, 999, 997)) == "5+9+7=21, 9+9+2=20, 9+9+2=20: 2001"
+    assert tasks.worked_difference(1000, 1) == "10-1=9, 9-0=9, 9-0=9, 0-0=0: 999"
+    rng = random.Random(0)
+    for _ in range(300):
+        numbers = [rng.randint(0, 999) for _ in range(3)]
+        a, b = sorted(numbers[:2], reverse=True)
+        for text, result in (
+            (tasks.worked_sum(numbers), sum(numbers)),
+            (tasks.worked_difference(a, b), a - b),
+        ):
+            steps, _, end = text.partition(": ")
+            for step in steps.split(", "):
+                left, _, right = step.partition("=")
+                assert eval(left) == int(right)
+            last_digits = [step[-1] for step in steps.split(", ")]
+            left_over = steps.rpartition("=")[2][:-1]  # what the last column carries
+            assert int(end) == int(left_over + "".join(reversed(last_digits))) == result
+
+
+def test_totals_are_new_and_count_by_their_result():
+    taught = [r for r in tasks.task_records() if r["kind"] == "total"]
+    totals = list(tasks.total_records())
+    asked = {r["input"] for r in taught} | {r["input"] for r in totals}
+    assert len(asked) == len(taught) + len(totals)  # all different
+    assert all(r["split"] == "train" for r in taught)
+    bare = [r for r in taught if ":" not in r["output"]]
+    assert len(bare) == 2 * len(taught) // 3
+    for row in totals[:50] + taught[:50]:
+        prompt = f"{row['instruction']}\n{row['input']}"
+        total = sum(map(int, row["input"].split()))
+        assert tasks.reward(prompt, row["output"]) == tasks.reward(prompt, f"{total}") == 1.0
+        wrong = ["", "no number", f"{total + 1}", f"{total}: 1", f"1{total}", row["input"]]
+        assert all(tasks.reward(prompt, answer) == 0.0 for answer in wrong)
 
 
 def test_always_there_documents_are_english_in_ascii():

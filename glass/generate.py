@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from glass import kernels
+from glass.draft import PromptLookup
 from model import Attention, SwiGLU, draw
 
 # Drawing the next token.
@@ -129,6 +130,7 @@ def stream(
     generator=None,
     logprobs=False,
     compiled_decode=None,
+    draft=None,
 ):
     """Yield the next id of every row, (B,), up to max_new_tokens times.
 
@@ -136,9 +138,17 @@ def stream(
     when every row has given an id of `stop`; a finished row repeats its stop id. With logprobs,
     yields (ids, log-probabilities (B, V)). They are the model's own, before temperature, penalty
     and filters (see `sample`). Beyond block_size, only the last half block of each row is kept.
-    compiled_decode: what `speed_up` gave back; it does all but the prefill.
+    compiled_decode: what `speed_up` gave back; it does all but the prefill. draft='prompt' guesses
+    ahead, for one text and without compiled_decode: see glass/draft.py.
     """
     rows, decode = Rows(idx, lengths, max_new_tokens), compiled_decode or model.decode
+    if draft is not None:
+        if len(idx) > 1 or compiled_decode is not None:
+            raise ValueError(
+                f"draft={draft} is for one text that is not compiled, found {len(idx)} with "
+                f"compile={compiled_decode is not None}: leave one of them out"
+            )
+        decode = PromptLookup(decode, rows)
     seen = rows.seen(model.config.vocab_size) if repetition_penalty != 1.0 else None
     stops = torch.tensor(sorted(stop), device=idx.device, dtype=torch.int64)
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
@@ -429,17 +439,19 @@ class FastDecode:
 
     def __call__(self, ids, cache):
         model = self.model
-        like_rows = model.tok_emb.weight.detach()[: len(ids)]  # of what is embedded below
+        idx = ids if ids.ndim == 2 else ids[:, None]  # (B, T)
+        like_rows = model.tok_emb.weight.detach()[: idx.numel()]  # of what is embedded below
         has_cache = cache.k[0].dtype in (torch.float32, torch.bfloat16)
         by_kernel = kernels.can_multiply(like_rows) and has_cache and not model.training
         if not by_kernel or self.is_watched():
             return type(model).decode(model, ids, cache)
-        embedded, positions, rotation, _ = model.embed(ids[:, None], cache)
+        embedded, positions, rotation, _ = model.embed(idx, cache)
         if self.blocks is None or not self.blocks.are_of(model):
             self.blocks, self.norm = kernels.Blocks(model), kernels.Norm(model.final_norm)
-        x = self.blocks.run(embedded[:, 0], positions, rotation, cache)
-        cache.advance(1)
-        return model.head.by_kernel(x, norm=self.norm)
+        x = self.blocks.run(embedded, positions, rotation, cache)
+        cache.advance(idx.shape[1])
+        logits = model.head.by_kernel(x, norm=self.norm)  # (B, T, V)
+        return logits.view(*ids.shape, -1)
 
     def is_watched(self):
         """Whether hooks look at parts of the model, or change them."""

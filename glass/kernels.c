@@ -317,14 +317,14 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
     free(rows);
 }
 
-/* Attention of one new token in each of b rows: qkv (b, h + 2 hkv, d) to y (b, h, d). k and v
-   (b, hkv, room, d) hold positions[j] earlier tokens of row j, and get the new one. Queries and keys
-   go through norms of their own. cos and sin (b, d), as rope_rotation of model.py gives them, or
+/* Attention of b new tokens, `many` in a row of each text: qkv (b, h + 2 hkv, d) to y (b, h, d). k and
+   v (b / many, hkv, room, d) hold the positions before them, and get theirs, positions[j]. Queries and
+   keys go through norms of their own. cos and sin (b, d), as rope_rotation of model.py gives them, or
    NULL. */
 #define ATTEND(kind, type)                                                                        \
     static void attend_##kind(const float *qkv, type *k, type *v, float *y,                       \
                               const int64_t *positions, const float *cos, const float *sin,       \
-                              long b, long h, long hkv, long room, long d,                        \
+                              long b, long many, long h, long hkv, long room, long d,             \
                               const struct norm *q_norm, const struct norm *k_norm, int threads) { \
         long all = h + 2 * hkv, is_float = sizeof(type) == 4;                                     \
         float *ready = malloc(sizeof(float) * b * all * d);                                       \
@@ -336,14 +336,14 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
                 turn(own, d, head < h ? q_norm : k_norm, cos ? cos + row * d : 0, sin + row * d); \
             if (head < h) continue;                                                               \
             long shared = (head - h) % hkv;                                                       \
-            type *store = (head < h + hkv ? k : v) + ((row * hkv + shared) * room + position) * d; \
+            type *store = (head < h + hkv ? k : v) + ((row / many * hkv + shared) * room + position) * d; \
             for (long i = 0; i < d; i++) put(store, i, !is_float, own[i]);                        \
         }                                                                                         \
         EACH for (long each = 0; each < b * h; each++) {                                          \
             long row = each / h, head = each % h, shared = head / (h / hkv);                      \
             long length = positions[row] + 1;                                                     \
-            const type *keys = k + (row * hkv + shared) * room * d;                               \
-            const type *values = v + (row * hkv + shared) * room * d;                             \
+            const type *keys = k + (row / many * hkv + shared) * room * d;                        \
+            const type *values = v + (row / many * hkv + shared) * room * d;                      \
             float *weight = malloc(sizeof(float) * (length + 2 * d)), *query = weight + length;   \
             float *result = query + d, largest = -INFINITY, total = 0;                            \
             prepare_##kind(ready + (row * all + head) * d, d, query);                             \
@@ -409,7 +409,7 @@ static void multiply(const struct linear *own, const float *x, float *y, const s
 
 void run_blocks(const struct block *blocks, const struct shape *shape, float *x, void *const *keys,
                 void *const *values, const int64_t *positions, const float *cos, const float *sin,
-                long n_layer, long b, int threads) {
+                long n_layer, long b, long many, int threads) {
     const struct norm none = {0, 0, 0, 0};
     if (!n_layer) return;
     long c = blocks->qkv.k, h = shape->h, hkv = shape->hkv, d = shape->d, room = shape->room;
@@ -422,11 +422,11 @@ void run_blocks(const struct block *blocks, const struct shape *shape, float *x,
             x[i] = own->stream_share * x[i] + own->embed_share * embedded[i];
         multiply(&own->qkv, x, qkv, &own->attn_norm, b, NONE, 0, threads);
         if (shape->cache_is_half)
-            attend_bfloat16(qkv, keys[layer], values[layer], y, positions, cos, sin, b, h, hkv, room,
-                            d, &own->q_norm, &own->k_norm, threads);
+            attend_bfloat16(qkv, keys[layer], values[layer], y, positions, cos, sin, b, many, h, hkv,
+                            room, d, &own->q_norm, &own->k_norm, threads);
         else
-            attend_float32(qkv, keys[layer], values[layer], y, positions, cos, sin, b, h, hkv, room,
-                           d, &own->q_norm, &own->k_norm, threads);
+            attend_float32(qkv, keys[layer], values[layer], y, positions, cos, sin, b, many, h, hkv,
+                           room, d, &own->q_norm, &own->k_norm, threads);
         multiply(&own->o, y, x, &none, b, NONE, 1, threads);
         multiply(&own->up, x, inner, &own->mlp_norm, b, shape->activation, 0, threads);
         multiply(&own->down, inner, x, &none, b, NONE, 1, threads);

@@ -149,7 +149,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 NO_NORM = Norm()
 ACTIVATIONS = {"gelu": 1, "gelu_exact": 2, "relu2": 3, "swiglu": 4}
 ROWS = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 4  # arguments
-RUN_BLOCKS = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 2 + [ctypes.c_int]
+RUN_BLOCKS = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 3 + [ctypes.c_int]
 
 
 def wide(tensor):
@@ -225,7 +225,7 @@ def multiply_rows(weight, x, bias=None, scale=None, norm=NO_NORM):
 
 
 class Blocks:
-    """The blocks of a model, as kernels.c runs them on one token of each row."""
+    """The blocks of a model, as kernels.c runs them on the next tokens of each row."""
 
     def __init__(self, model):
         config, kept = model.config, []
@@ -252,14 +252,15 @@ class Blocks:
         return self.weights == weights_of(model)
 
     def run(self, x, positions, rotation, cache):
-        """The residual stream x (B, C) after all blocks: (B, C) float32.
+        """The residual stream x (B, T, C) after all blocks: (B, T, C) float32.
 
-        The cache gets the keys and values of the token at positions (T,) or (B, T), T = 1.
+        The cache gets the keys and values of the tokens, whose positions are (T,) or (B, T). Each
+        token's result is to the bit what it is alone.
         """
-        (B, _), D = x.shape, self.shape.d
+        (B, T, _), D = x.shape, self.shape.d
         x = x.to(torch.float32, copy=True).contiguous()
-        places = positions.expand(B, 1).contiguous()
-        angles = [wide(each.expand(B, 1, 1, D)) for each in rotation] if rotation else [None, None]
+        places = positions.expand(B, T).contiguous()
+        angles = [wide(each.expand(B, T, 1, D)) for each in rotation] if rotation else [None, None]
         stores = [(ctypes.c_void_p * len(own))(*map(address, own)) for own in (cache.k, cache.v)]
         self.shape.room = cache.max_len
         self.shape.cache_is_half = cache.k[0].dtype == torch.bfloat16
@@ -270,7 +271,8 @@ class Blocks:
             *stores,
             *map(address, (places, *angles)),
             len(self.blocks),
-            B,
+            B * T,
+            T,
             torch.get_num_threads(),
         )
         return x

@@ -174,6 +174,13 @@ def task_records():
     yield from tasks.task_records()
 
 
+def total_records():
+    """Yield sums of three numbers: see glass/tasks.py."""
+    from glass import tasks
+
+    yield from tasks.total_records()
+
+
 def docs_records(*objects):
     """Yield questions about Python's standard library: see glass/docs.py."""
     from glass import docs
@@ -428,6 +435,7 @@ SOURCES = {
     "tasks": Source(
         "small instructions with checkable answers", records=task_records, kind="instructions"
     ),
+    "totals": Source("sums of three numbers", records=total_records, kind="instructions"),
     "docs": Source(
         "questions about the standard library, with its answers (PSF licence)",
         records=docs_records,

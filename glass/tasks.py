@@ -1,6 +1,16 @@
-"""The dataset tasks: small instructions, each with one right answer that can be checked."""
+"""The datasets tasks and totals: small instructions, each with an answer that can be checked.
+
+Sums and differences are worked out as on paper, digit by digit from the right, before the result:
+"7+8=15, 4+8+1=13, 3+2+1=6: 635". A small model learns each of these steps in minutes, and the bare
+result hardly at all, whose first digit depends on all carries.
+
+Sums of three numbers are shown in two ways: one training row in three works them out, the others
+name the bare result. Totals are such sums. `reward` counts their result only, so reinforcing on
+them has something to find out: working it out pays.
+"""
 
 import random
+import re
 
 WORDS = (
     "apple river stone cloud tiger paper green seven light music bread chair dance eagle flame "
@@ -8,16 +18,18 @@ WORDS = (
     "violin water yellow zebra basket candle dragon"
 ).split()
 
-# Additional items of the training split, for the kinds that take a model the most examples to
+# Additional items of the training split, more of the kinds that take a model the most examples to
 # learn.
-MORE_TASKS = {"add": 28_000, "subtract": 28_000, "sort": 14_000, "largest": 14_000}
+MORE = dict.fromkeys("reverse upper count last initials".split(), 4_000)
+MORE |= {"add": 8_000, "subtract": 8_000, "sort": 14_000, "largest": 14_000, "letters": 18_000}
+TAUGHT_TOTALS, TOTALS = 18_000, 10_000  # rows of the dataset tasks, and of the dataset totals
 
 
-def task_records(items_of_each_kind=2_500, more=6_000):
+def task_records(items_of_each_kind=2_500):
     """Yield small instructions with answers that can be checked.
 
     Each is a dict with the keys kind, instruction, input and output. First come equally many of
-    each kind, then more for the training split, in unequal numbers.
+    each kind, then more for the training split, in unequal numbers, and sums of three numbers.
     """
     rng, seen = random.Random(1337), set()
 
@@ -33,9 +45,62 @@ def task_records(items_of_each_kind=2_500, more=6_000):
     for kind in TASKS:
         yield from new_ones(kind, items_of_each_kind)
     for kind in TASKS:
-        yield from (
-            {**record, "split": "train"} for record in new_ones(kind, MORE_TASKS.get(kind, more))
-        )
+        yield from ({**record, "split": "train"} for record in new_ones(kind, MORE[kind]))
+    for i, numbers in enumerate(three_numbers(0, TAUGHT_TOTALS)):
+        answer = worked_sum(numbers) if i % 3 == 0 else str(sum(numbers))
+        yield {**total_record(numbers, answer), "split": "train"}
+
+
+def total_records():
+    """Yield sums of three numbers, none of which is in the dataset tasks, worked out."""
+    for numbers in three_numbers(TAUGHT_TOTALS, TAUGHT_TOTALS + TOTALS):
+        yield total_record(numbers, worked_sum(numbers))
+
+
+def three_numbers(first, end):
+    """Those from `first` to before `end` of a list of different triples of numbers."""
+    rng, drawn = random.Random(1338), {}
+    while len(drawn) < end:
+        drawn[tuple(rng.randint(0, 999) for _ in range(3))] = None
+    return list(drawn)[first:]
+
+
+def total_record(numbers, answer):
+    given = " ".join(map(str, numbers))
+    return {
+        "kind": "total",
+        "instruction": "Add the three numbers.",
+        "input": given,
+        "output": answer,
+    }
+
+
+def reward(prompt, answer):
+    """1.0 if the last number of the answer is the sum of those of the prompt, else 0.0."""
+    numbers = [int(number) for number in re.findall(r"\d+", prompt)]
+    return float(re.findall(r"\d+", answer)[-1:] == [str(sum(numbers))])
+
+
+def worked_sum(numbers):
+    """The sum of numbers, digit by digit: (347, 288) -> "7+8=15, 4+8+1=13, 3+2+1=6: 635"."""
+    steps, carried = [], 0
+    for place in range(len(str(max(numbers)))):
+        digits = [number // 10**place % 10 for number in numbers if place < len(str(number))]
+        digits += [carried] if carried else []
+        steps.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
+        carried = sum(digits) // 10
+    return f"{', '.join(steps)}: {sum(numbers)}"
+
+
+def worked_difference(a, b):
+    """a - b, digit by digit: (635, 288) -> "15-8=7, 12-8=4, 5-2=3: 347"."""
+    steps, borrowed = [], 0
+    for place in range(len(str(a))):
+        upper, lower = a // 10**place % 10 - borrowed, b // 10**place % 10
+        borrowed = int(upper < lower)
+        upper += 10 * borrowed
+        steps.append(f"{upper}-{lower}={upper - lower}")
+    return f"{', '.join(steps)}: {a - b}"
 
 
 # Each task draws (instruction, input, answer) with the random generator rng.
@@ -68,12 +133,12 @@ def sort_task(rng):
 
 def add_task(rng):
     a, b = rng.randint(0, 999), rng.randint(0, 999)
-    return "Add the numbers.", f"{a} {b}", str(a + b)
+    return "Add the numbers.", f"{a} {b}", worked_sum((a, b))
 
 
 def subtract_task(rng):
     a, b = sorted((rng.randint(0, 999), rng.randint(0, 999)), reverse=True)
-    return "Subtract the second number from the first.", f"{a} {b}", str(a - b)
+    return "Subtract the second number from the first.", f"{a} {b}", worked_difference(a, b)
 
 
 def largest_task(rng):
