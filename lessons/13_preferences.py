@@ -20,6 +20,7 @@ from desk import check, hint, picture, source  # noqa: F401
 from torch.nn import functional as F
 
 from finetune import Prefer, grpo_loss
+from glass import tasks
 from model import GPT, GPTConfig
 
 torch.manual_seed(0)
@@ -251,6 +252,20 @@ plt.legend()
 picture("13_arms")
 
 # %% [markdown]
+# ## The same in a language model
+#
+# `python finetune.py config/finetune_tasks.py` teaches sums of three numbers in two ways. One row in three works them
+# out, digit by digit: a chain of thought (Wei et al. 2022). The others name the bare result, which a model of 1.8M
+# parameters rarely gets right. Bare is what it saw more often, so this is how it answers. `config/finetune_reinforce.py`
+# then rewards the result alone. Nothing says that an answer should have steps; the two ways are two arms again, and the
+# one that pays takes over within some thirty updates.
+
+# %%
+question = "Add the three numbers.\n74 840 548"
+for answer in (tasks.worked_sum((74, 840, 548)), "1462", "1362"):
+    print(f"reward {tasks.reward(question, answer):.0f} for {answer}")
+
+# %% [markdown]
 # ## Break it
 #
 # Leave the mean out and take the reward itself as advantage. Then no answer is ever made less likely by itself. On
@@ -287,9 +302,11 @@ for subtract_mean in (True, False):
 # | pairs, references, DPO's loss | `finetune.py`: `Prefer` |
 # | drawing groups, rewards, advantages | `finetune.py`: `Reinforce.draw` |
 # | the clipped objective, KL | `finetune.py`: `grpo_loss` |
+# | answers worked out, and a reward for their result | `glass/tasks.py`: `worked_sum`, `reward` |
 # | try it | after lesson 12's: `python finetune.py config/finetune_reinforce.py` |
 #
 # ## To read
 # - Christiano et al. 2017, "Deep reinforcement learning from human preferences", arXiv:1706.03741.
+# - Wei et al. 2022, "Chain-of-thought prompting elicits reasoning in large language models", arXiv:2201.11903.
 # - Rafailov et al. 2023, "Direct preference optimization", arXiv:2305.18290.
 # - Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300: GRPO.
