@@ -7404,8 +7404,8 @@ def test_guesses_are_what_followed_where_the_text_stood_before():
     rows = generate.Rows(torch.tensor([[5, 1, 2, 3, 9, 8, 1, 2, 3, 7, 7, 1, 2, 3]]), None, 4)
     lookup = draft.PromptLookup(None, rows)
     assert lookup.guesses(2).tolist() == [7, 7]  # the latest time
-    assert lookup.guesses(9).tolist() == [7, 7, 1, 2, 3]
-    assert lookup.guesses(0).tolist() == lookup.guesses(-1).tolist() == []
+    assert lookup.guesses(7).tolist() == [7, 7, 1, 2, 3, 7, 7]  # and goes on repeating
+    assert lookup.guesses(0).tolist() == []
     rows.append(torch.tensor([4]))
     assert lookup.guesses(2).tolist() == []
 

@@ -3,8 +3,8 @@
 Reading all weights takes most of a decoding step, and eight tokens can share it. Where a text
 repeats itself, what followed the last time is a good guess. The text is the same as without
 guesses: a token is drawn at every position, from the same logits by the same random numbers, and a
-guess counts where it equals what was drawn. Source: Saxena 2023, github.com/apoorvumang/
-prompt-lookup-decoding, the simplest kind of speculative decoding (arXiv:2211.17192).
+guess counts where it equals what was drawn. Source: Saxena 2023,
+github.com/apoorvumang/prompt-lookup-decoding, the simplest speculative decoding (arXiv:2211.17192).
 """
 
 import torch
@@ -36,13 +36,16 @@ class PromptLookup:
         cache.length -= len(self.ahead)  # the keys and values of wrong guesses are overwritten
         self.was_right = self.was_right and not self.ahead
         room = cache.max_len - cache.length - 1
-        guesses = self.guesses(min(room, MANY if self.was_right else FEW))
+        guesses = self.guesses(max(0, min(room, MANY if self.was_right else FEW)))
         logits = self.decode(torch.cat([ids, guesses])[None], cache)[0]  # (1 + guesses, V)
         self.ahead = list(zip(guesses.tolist(), logits[1:, None], strict=True))
         return logits[:1]
 
     def guesses(self, most):
-        """Up to `most` ids that followed where the text's last ids stood before, as (n,) int64."""
+        """Up to `most` ids that followed where the text's last ids stood before, as (n,) int64.
+
+        What reaches the end of the text goes on from there: a repetition goes on repeating.
+        """
         text = self.rows.text[0, : int(self.rows.lengths)]
         for n in LOOKED_UP:
             if len(text) > n:
@@ -50,5 +53,6 @@ class PromptLookup:
                 found = (earlier == text[-n:]).all(1).nonzero()
                 if len(found):
                     first = int(found[-1]) + n
-                    return text[first : first + most]
+                    period = len(text) - first
+                    return text[first + torch.arange(most, device=text.device) % period]
         return text[:0]

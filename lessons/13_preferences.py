@@ -256,9 +256,9 @@ picture("13_arms")
 #
 # `python finetune.py config/finetune_tasks.py` teaches sums of three numbers in two ways. One row in three works them
 # out, digit by digit: a chain of thought (Wei et al. 2022). The others name the bare result, which a model of 1.8M
-# parameters rarely gets right. Bare is what it saw more often, so this is how it answers. `config/finetune_reinforce.py`
-# then rewards the result alone. Nothing says that an answer should have steps; the two ways are two arms again, and the
-# one that pays takes over within some thirty updates.
+# parameters rarely gets right. Bare is what it saw more often, so this is how it answers. Then
+# `config/finetune_reinforce.py` rewards the result alone. Nothing says that an answer should have steps; the two ways
+# are two arms again, and the one that pays takes over within some thirty updates.
 
 # %%
 question = "Add the three numbers.\n74 840 548"
