@@ -47,9 +47,7 @@ class Settings(Drawing, ModelSettings):
     max_new_tokens: int = 500  # tokens of a text, at most
     num_samples: int = 1  # texts
     stop: list[str] = field(default_factory=list)  # strings that end a text
-    draft: Literal["prompt"] | None = (
-        None  # guess ahead from the text: faster where it repeats itself
-    )
+    draft: Literal["prompt"] | None = None  # guess ahead: faster where the text repeats itself
     chat: bool = False  # a conversation in the terminal; /help lists its commands
     template: Template = "auto"  # of a chat; auto: the one that the model was tuned on
     system: str | None = None  # the system message of a chat

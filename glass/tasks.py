@@ -28,19 +28,21 @@ TAUGHT_TOTALS, TOTALS = 18_000, 10_000  # rows of the dataset tasks, and of the 
 def task_records(items_of_each_kind=2_500):
     """Yield small instructions with answers that can be checked.
 
-    Each is a dict with the keys kind, instruction, input and output. First come equally many of
-    each kind, then more for the training split, in unequal numbers, and sums of three numbers.
+    Each is a dict with the keys kind, instruction and output; the instruction is one line, as it is
+    typed in a chat. First come equally many of each kind, then more for the training split, in
+    unequal numbers, and sums of three numbers.
     """
     rng, seen = random.Random(1337), set()
 
     def new_ones(kind, count):
         made = 0
         while made < count:
-            instruction, given, answer = TASKS[kind](rng)
-            if (instruction, given) not in seen:
-                seen.add((instruction, given))
+            request, given, answer = TASKS[kind](rng)
+            instruction = f"{request} {given}"
+            if instruction not in seen:
+                seen.add(instruction)
                 made += 1
-                yield {"kind": kind, "instruction": instruction, "input": given, "output": answer}
+                yield {"kind": kind, "instruction": instruction, "output": answer}
 
     for kind in TASKS:
         yield from new_ones(kind, items_of_each_kind)
@@ -66,13 +68,8 @@ def three_numbers(first, end):
 
 
 def total_record(numbers, answer):
-    given = " ".join(map(str, numbers))
-    return {
-        "kind": "total",
-        "instruction": "Add the three numbers.",
-        "input": given,
-        "output": answer,
-    }
+    instruction = f"Add the three numbers. {' '.join(map(str, numbers))}"
+    return {"kind": "total", "instruction": instruction, "output": answer}
 
 
 def reward(prompt, answer):
@@ -103,7 +100,7 @@ def worked_difference(a, b):
     return f"{', '.join(steps)}: {a - b}"
 
 
-# Each task draws (instruction, input, answer) with the random generator rng.
+# Each task draws (request, what it is about, answer) with the random generator rng.
 
 
 def some_words(rng, least, most):

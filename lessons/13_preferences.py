@@ -261,7 +261,7 @@ picture("13_arms")
 # are two arms again, and the one that pays takes over within some thirty updates.
 
 # %%
-question = "Add the three numbers.\n74 840 548"
+question = "Add the three numbers. 74 840 548"
 for answer in (tasks.worked_sum((74, 840, 548)), "1462", "1362"):
     print(f"reward {tasks.reward(question, answer):.0f} for {answer}")
 
