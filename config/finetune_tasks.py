@@ -1,5 +1,5 @@
 # config/finetune_tasks.py: ten kinds of small instructions with checkable answers; the base is python train.py's
-# expect 98.4% exact matches on 500 test tasks, in 3.5 minutes on two cores of an AMD Zen 5 server
+# expect 98.6% exact matches on 500 test tasks, in 3.5 minutes on two cores of an AMD Zen 5 server
 task = "instruct"
 dataset = "tasks"
 init_from = "out/pydoc_char"
