@@ -143,11 +143,10 @@ def stream(
     """
     rows, decode = Rows(idx, lengths, max_new_tokens), compiled_decode or model.decode
     if draft is not None:
-        if len(idx) > 1 or compiled_decode is not None:
-            raise ValueError(
-                f"draft={draft} is for one text that is not compiled, found {len(idx)} with "
-                f"compile={compiled_decode is not None}: leave one of them out"
-            )
+        if len(idx) > 1:
+            raise ValueError(f"draft={draft} is for one text, found {len(idx)}: leave it out")
+        if compiled_decode is not None:
+            raise ValueError(f"draft={draft} does not go with compile: leave one of them out")
         decode = PromptLookup(decode, rows)
     seen = rows.seen(model.config.vocab_size) if repetition_penalty != 1.0 else None
     stops = torch.tensor(sorted(stop), device=idx.device, dtype=torch.int64)
