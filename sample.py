@@ -59,6 +59,11 @@ class Settings(Drawing, ModelSettings):
         if "" in self.stop:
             raise ValueError("stop='' would end every text at once: give a string, or leave it out")
         require(self, "num_samples", lambda value: 1 <= value <= 10**5, "lie in [1, 100,000]")
+        if self.draft and self.num_samples > 1:
+            raise ValueError(
+                f"draft={self.draft} is for one text, found num_samples={self.num_samples}: "
+                "leave one of them out"
+            )
 
 
 def read_prompt(settings, loaded):

@@ -7415,10 +7415,14 @@ def test_draft_is_refused_where_it_cannot_work(trained, capsys):
         (["--num_samples=2"], "one text"),
         (["--export=folder"], "draft would do nothing with --export"),
     ):
-        status, _, err = run_main(
+        status, out, err = run_main(
             sample.main, ["--out_dir=out/small", "--draft=prompt", *words], capsys
         )
-        assert status == 2 and message in err
+        assert status == 2 and message in err and not out
+    model = tiny_model()
+    for idx, decode in ((torch.zeros(2, 3, dtype=torch.int64), None), (torch.zeros(1, 3), model)):
+        with pytest.raises(ValueError, match="draft=prompt"):
+            next(generate.stream(model, idx, 4, compiled_decode=decode, draft="prompt"))
 
 
 @needs_compiler
