@@ -3,7 +3,8 @@
 Reading all weights takes most of a decoding step, and eight tokens can share it. Where a text
 repeats itself, what followed the last time is a good guess. The text is the same as without
 guesses: a token is drawn at every position, from the same logits by the same random numbers, and a
-guess counts where it equals what was drawn. Source: Saxena 2023,
+guess counts where it equals what was drawn. The logits are the same to the bit where kernels.c makes
+them, elsewhere up to rounding. Source: Saxena 2023,
 github.com/apoorvumang/prompt-lookup-decoding, the simplest speculative decoding (arXiv:2211.17192).
 """
 

@@ -336,7 +336,8 @@ void rows_int8(const int8_t *w, const float *scale, const void *x, const float *
                 turn(own, d, head < h ? q_norm : k_norm, cos ? cos + row * d : 0, sin + row * d); \
             if (head < h) continue;                                                               \
             long shared = (head - h) % hkv;                                                       \
-            type *store = (head < h + hkv ? k : v) + ((row / many * hkv + shared) * room + position) * d; \
+            type *store = head < h + hkv ? k : v;                                                 \
+            store += ((row / many * hkv + shared) * room + position) * d;                         \
             for (long i = 0; i < d; i++) put(store, i, !is_float, own[i]);                        \
         }                                                                                         \
         EACH for (long each = 0; each < b * h; each++) {                                          \

@@ -5,8 +5,8 @@ Sums and differences are worked out as on paper, digit by digit from the right, 
 result hardly at all, whose first digit depends on all carries.
 
 Sums of three numbers are shown in two ways: one training row in three works them out, the others
-name the bare result. Totals are such sums. `reward` counts their result only, so reinforcing on
-them has something to find out: working it out pays.
+name the bare result. The dataset totals holds such sums. `reward` counts their result only, so
+reinforcing on them has something to find out: working it out pays.
 """
 
 import random
