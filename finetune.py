@@ -565,9 +565,8 @@ class Reinforce(Instruct):
         self.by_kind = {}
         for example in self.examples["train"]:
             self.by_kind.setdefault(example.row.get("kind"), []).append(example)
-        self.differing = dict.fromkeys(
-            self.by_kind, 0.5
-        )  # the fraction of a kind's groups that differ
+        # the fraction of a kind's groups that differ
+        self.differing = dict.fromkeys(self.by_kind, 0.5)
 
     @property
     def compares_answers(self):
@@ -626,9 +625,8 @@ class Reinforce(Instruct):
         s, G = self.settings, self.settings.group_size
         prompts = [self.prompt(example.row) for example in examples]
         answers = self.draw_answers(model, prompts, step)
-        pairs = [
-            (i // G, tuple(ids)) for i, ids in enumerate(answers)
-        ]  # (place of the prompt, answer)
+        # (place of the prompt, answer)
+        pairs = [(i // G, tuple(ids)) for i, ids in enumerate(answers)]
         counts = Counter(pairs)
         reward_of_pair = {}
         for i, ids in counts:

@@ -209,10 +209,8 @@ def estimate_loss(model, batches, context, processes):
     """
     was_training = model.training
     model.eval()
-    total, batches = (
-        torch.zeros(2, dtype=torch.float64),
-        iter(batches),
-    )  # summed loss, scored tokens
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, scored tokens
+    batches = iter(batches)
     while turn := list(itertools.islice(batches, processes.size)):
         is_ours = processes.rank < len(turn)
         batch = turn[processes.rank if is_ours else 0]  # a shared model runs in all or in none
@@ -260,9 +258,8 @@ def train(run, progress):
                 loss = loss * processes.size  # the exchange takes the mean over processes
             scaler.scale(loss).backward()
             progress.add(loss.detach())
-        rows = task.rows(
-            (step + 1) * G + processes.rank * share, share
-        )  # while the GPU is still busy
+        # read while the GPU is still busy
+        rows = task.rows((step + 1) * G + processes.rank * share, share)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = parallel.clip_gradients(model, s.grad_clip)
