@@ -296,9 +296,8 @@ def resume(folder, capsys, *words):
 
 
 def test_published_shapes_have_the_published_numbers_of_parameters():
-    book = dict(
-        bias=True, tie_weights=False, qkv_bias=False
-    )  # Raschka, Build a Large Language Model (From Scratch)
+    # Raschka, Build a Large Language Model (From Scratch)
+    book = dict(bias=True, tie_weights=False, qkv_bias=False)
     with torch.device("meta"):
         assert GPT(PRESETS["gpt2"]).parameter_count() == 124_439_808
         assert GPT(PRESETS["llama3.2-1b"]).parameter_count() == 1_235_814_400
@@ -335,9 +334,8 @@ def test_llama_31_scaling_keeps_blends_and_divides_the_published_numbers_of_pair
 def test_rope_equals_rotation_by_complex_numbers_and_depends_on_distance_alone():
     torch.manual_seed(0)
     x, y = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)  # (B, T, H, D)
-    angles = torch.arange(7.0)[:, None, None] * rope_frequencies(
-        GPTConfig(n_head=1, n_embd=8)
-    )  # (T, 1, D / 2)
+    # (T, 1, D / 2)
+    angles = torch.arange(7.0)[:, None, None] * rope_frequencies(GPTConfig(n_head=1, n_embd=8))
     rotated = apply_rope(x, *rope_rotation(angles))
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(rotated, torch.cat([turned.real, turned.imag], -1))
@@ -364,16 +362,16 @@ def test_decoding_with_cache_equals_one_full_pass(pos, n_kv_head, norm):
     )
     idx = torch.randint(61, (2, 9))
     cache = model.new_cache(batch_size=2, max_len=9)
+    # prefill, one token, a chunk, one token
     chunks = [
         idx[:, :3],
         idx[:, 3:4],
         idx[:, 4:8],
         idx[:, 8:],
-    ]  # prefill, one token, a chunk, one token
+    ]
     stepwise = torch.cat([model(chunk, cache=cache)[0] for chunk in chunks], 1)  # (B, T, V)
-    torch.testing.assert_close(
-        stepwise, model(idx)[0], atol=1e-5, rtol=0
-    )  # float32, sums in another order
+    # float32, sums in another order
+    torch.testing.assert_close(stepwise, model(idx)[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("pos", "n_kv_head", "norm"), PARTS)
@@ -467,9 +465,8 @@ def test_fresh_weights_have_the_stated_scale_and_a_uniform_guess():
     block = model.blocks[3]
     assert model.tok_emb.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.mlp.down_proj.weight.std().item() == pytest.approx(
-        0.02 / 4, rel=0.05
-    )  # sqrt(2 L) = 4
+    # sqrt(2 L) = 4
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert block.attn.q_proj.bias.abs().max() == 0 and (model.final_norm.weight == 1).all()
     idx = torch.randint(512, (4, 64))
     assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(512), abs=0.1)
@@ -485,9 +482,8 @@ def test_flops_per_token_count_what_the_profiler_counts():
     idx = torch.randint(64, (2, 32))
     with torch.profiler.profile(with_flops=True) as profile:
         model(idx)
-    counted = sum(
-        event.flops for event in profile.key_averages() if "mm" in event.key
-    )  # matrix products
+    # matrix products
+    counted = sum(event.flops for event in profile.key_averages() if "mm" in event.key)
     assert model.flops_per_token() * idx.numel() / 3 == pytest.approx(counted, rel=0.01)
 
 
@@ -532,9 +528,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     x = torch.full((1000, 1001), 3.0, requires_grad=True)
     layer = model_module.Dropout(0.25)
     y = layer(x)
-    assert (y == 0).float().mean().item() == pytest.approx(
-        0.25, abs=0.003
-    )  # seven standard deviations
+    # seven standard deviations
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.003)
     assert y.detach().unique().tolist() == [0.0, 4.0] and torch.equal(layer.eval()(x), x)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach() / 3)
@@ -560,9 +555,8 @@ def test_loss_in_chunks_has_the_gradients_of_the_whole(loss_chunk):
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
     for p, q in zip(chunked.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(
-            p.grad, q.grad, atol=1e-5, rtol=0
-        )  # float32, sums in another order
+        # float32, sums in another order
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0)
 
 
 def test_a_cache_that_is_full_is_an_error():
@@ -2423,9 +2417,8 @@ def test_looks_at_a_few_windows_draw_the_curve_and_choose_nothing(workdir, capsy
 
 def test_a_checkpoint_of_version_1_goes_on(workdir, capsys, monkeypatch):
     """test_data/ckpt_0000004.pt is a TINY_RUN of commit 5a8cc65, which went on to a loss of 3.2616 at step 6."""
-    monkeypatch.setattr(
-        optim, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5
-    )  # Muon's at that time
+    # Muon's at that time
+    monkeypatch.setattr(optim, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5)
     Path("out/old").mkdir(parents=True)
     Path("out/old/ckpt_0000004.pt").write_bytes(
         (HERE / "test_data" / "ckpt_0000004.pt").read_bytes()
@@ -4549,9 +4542,8 @@ def test_serve_scores_lists_of_ids_as_the_model_does(running, client):
     )
     n_greedy = 0
     for ids, choice in zip(prompts, made.choices, strict=True):
-        logprobs = (
-            running.loaded().model(torch.tensor([ids]))[0][0].detach().log_softmax(-1)
-        )  # (T, V)
+        # (T, V)
+        logprobs = running.loaded().model(torch.tensor([ids]))[0][0].detach().log_softmax(-1)
         expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
         found = choice.logprobs
         assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
@@ -5377,9 +5369,8 @@ def test_the_page_shows_the_probabilities_of_the_api_and_branches_as_it_complete
     answer = site.ask("POST", "/v1/completions", request)[2]["choices"][0]["logprobs"]
     of_api = sorted((100 * math.exp(x) for x in answer["top_logprobs"][0].values()), reverse=True)
     shown = numbers_in(tab.texts("#view .bars .number"))
-    assert len(of_api) >= 20 and shown == pytest.approx(
-        of_api[:20], abs=0.0051
-    )  # two digits are shown
+    # two digits are shown
+    assert len(of_api) >= 20 and shown == pytest.approx(of_api[:20], abs=0.0051)
     best = logits[-1].topk(20)
     decode = site.loaded().tokenizer.decode
     assert tab.texts("#view .bars button") == [as_shown(decode([i])) for i in best.indices.tolist()]
@@ -6689,9 +6680,8 @@ def test_muon_equals_one_matrix_at_a_time():
             )
         muon.step()
     for p, expected in zip(params, by_hand, strict=True):
-        torch.testing.assert_close(
-            p.data, expected, atol=2e-3, rtol=0
-        )  # bfloat16 products of another batch size
+        # bfloat16 products of another batch size
+        torch.testing.assert_close(p.data, expected, atol=2e-3, rtol=0)
 
 
 def test_every_weight_has_one_optimizer_and_only_matrices_decay():
@@ -6779,9 +6769,8 @@ def test_sampling_filters_keep_what_they_say():
     assert drawn(min_p=0.3) == {0, 1, 2}
     assert drawn(temperature=0) == {0}
     ids = generate.sample(probs.log().repeat(20000, 1), temperature=0.5, generator=generator)
-    expected = (
-        probs[0] ** 2 / (probs[0] ** 2).sum()
-    )  # halving the temperature squares the probabilities
+    # halving the temperature squares the probabilities
+    expected = probs[0] ** 2 / (probs[0] ** 2).sum()
     torch.testing.assert_close(
         torch.bincount(ids, minlength=5) / 20000, expected, atol=0.015, rtol=0
     )
@@ -6816,9 +6805,8 @@ def test_the_same_seed_gives_the_same_text_and_logprobs_are_the_models_own():
 def test_a_static_cache_gives_the_tokens_of_a_growing_one():
     model = tiny_model(pos="rope", n_kv_head=2, block_size=16)
     idx, lengths = torch.randint(61, (3, 5)), torch.tensor([5, 2, 4])
-    expected = generate.generate(
-        model, idx, 20, temperature=0, lengths=lengths
-    )  # past the block too
+    # past the block too
+    expected = generate.generate(model, idx, 20, temperature=0, lengths=lengths)
     assert torch.equal(
         generate.generate(
             model, idx, 20, temperature=0, lengths=lengths, compiled_decode=model.decode
@@ -6840,9 +6828,8 @@ def test_equal_prompts_share_one_prefill_and_differ_only_by_chance():
         torch.tensor([5, 3, 4]).repeat_interleave(4),
     )
     rows_prefilled.clear()
-    together = generate.generate(
-        model, groups, 20, temperature=0, lengths=lengths
-    )  # past the block of 16 too
+    # past the block of 16 too
+    together = generate.generate(model, groups, 20, temperature=0, lengths=lengths)
     assert rows_prefilled[:2] == [3, 12]
     assert torch.equal(
         together[::4, 5:],
@@ -6863,9 +6850,8 @@ def test_fast_products_equal_the_plain_one(bias, by_kernel, monkeypatch):
             torch.testing.assert_close(generate.RowLinear(linear)(x), linear(x), atol=1e-5, rtol=0)
             int8 = generate.Int8Linear(linear)
             weight = int8.weight.float() * int8.scale.float()[:, None]
-            half_step = (
-                linear.weight.abs().amax(1, keepdim=True) / 127 * 0.51
-            )  # a step in bfloat16 is off by 0.4% at most
+            # a step in bfloat16 is off by 0.4% at most
+            half_step = linear.weight.abs().amax(1, keepdim=True) / 127 * 0.51
             outermost = int8.weight.abs() == 127  # cut off where the step was rounded down
             assert (((weight - linear.weight).abs() <= half_step) | outermost).all()
             for y in (
@@ -7098,9 +7084,8 @@ def test_a_planted_induction_head_and_a_previous_token_head_are_found():
         second.k_proj.weight[:V, V : 2 * V] = 30 * torch.eye(V)
     previous, induction, first = trace.head_badges(model)
     assert previous[0, 0] > 0.95 and induction[0, 0] < 0.2
-    assert (
-        induction[1, 0] > 0.5 and previous[1, 0] < 0.2
-    )  # a token that occurs three times halves it
+    # a token that occurs three times halves it
+    assert induction[1, 0] > 0.5 and previous[1, 0] < 0.2
     assert first.max() < 0.3
 
 
@@ -7625,9 +7610,8 @@ GPT2_PARTS = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=512
 
 def scaled(factor):
     rope = SCALED | {"factor": factor, "rope_theta": 500000.0}
-    parts = dict(
-        num_hidden_layers=1, num_attention_heads=2
-    )  # 9,000 tokens attend to each other within about a second
+    # 9,000 tokens attend to each other within about a second
+    parts = dict(num_hidden_layers=1, num_attention_heads=2)
     return {"rope_parameters": rope, "max_position_embeddings": 131072} | parts
 
 
@@ -7702,13 +7686,11 @@ def test_published_weights_give_the_logits_and_greedy_tokens_of_transformers(set
         idx = torch.randint(97, (1, T))
         with torch.no_grad():
             needed, given = theirs(idx).logits, ours(idx)[0]
-        assert (needed - given).abs().max() < 1e-4 * needed.abs().max(), (
-            f"{T} tokens"
-        )  # float32, sums in another order
+        # float32, sums in another order
+        assert (needed - given).abs().max() < 1e-4 * needed.abs().max(), f"{T} tokens"
     prompt = torch.randint(97, (1, 8))
-    everything = torch.ones_like(
-        prompt
-    )  # otherwise transformers masks the ids that equal the padding's
+    # otherwise transformers masks the ids that equal the padding's
+    everything = torch.ones_like(prompt)
     needed = theirs.generate(
         prompt, attention_mask=everything, max_new_tokens=64, do_sample=False, pad_token_id=0
     )
@@ -7745,9 +7727,8 @@ def test_a_model_without_biases_is_exported_as_gpt2_with_zeros(tmp_path):
     model.save_pretrained(tmp_path / "out")
     idx = torch.randint(97, (2, 32))
     given = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(idx).logits
-    torch.testing.assert_close(
-        given, model(idx)[0], atol=1e-5, rtol=0
-    )  # float32, sums in another order
+    # float32, sums in another order
+    torch.testing.assert_close(given, model(idx)[0], atol=1e-5, rtol=0)
 
 
 def rewrite(path, **changes):
@@ -7778,9 +7759,8 @@ def test_older_spellings_of_published_folders_load_alike(tmp_path):
             old.pos_emb.frequencies, new.pos_emb.frequencies
         )
 
-    weights = load_file(
-        tmp_path / "llama/model.safetensors"
-    )  # both tied tensors, then only the head's
+    # both tied tensors, then only the head's
+    weights = load_file(tmp_path / "llama/model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     for _ in range(2):
         save_file(weights, tmp_path / "llama/model.safetensors")
@@ -7795,9 +7775,8 @@ def test_older_spellings_of_published_folders_load_alike(tmp_path):
     prefixed = GPT.from_pretrained(tmp_path / "gpt2").state_dict()
     weights = load_file(tmp_path / "gpt2/model.safetensors")
     weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    weights["h.0.attn.bias"] = torch.ones(
-        1, 1, 512, 512
-    )  # the causal mask, as the oldest files hold it
+    # the causal mask, as the oldest files hold it
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 512, 512)
     save_file(weights, tmp_path / "gpt2/model.safetensors")
     bare = GPT.from_pretrained(tmp_path / "gpt2").state_dict()
     assert all(torch.equal(prefixed[name], bare[name]) for name in prefixed)
@@ -8051,9 +8030,8 @@ def test_a_gguf_file_holds_the_weights_as_llama_cpp_reads_them(kind, quantize, t
         head = q[16:32]
         expected["blk.1.attn_q"] = q.clone()
         expected["blk.1.attn_q"][16:32] = torch.stack([head[:8], head[8:]], dim=1).flatten(0, 1)
-        found["blk.1.attn_q.weight"][:16] = expected["blk.1.attn_q"][
-            :16
-        ]  # the second head is enough
+        # the second head is enough
+        found["blk.1.attn_q.weight"][:16] = expected["blk.1.attn_q"][:16]
         found["blk.1.attn_q.weight"][32:] = expected["blk.1.attn_q"][32:]
         scaled = rope_frequencies(model.config) * found["rope_freqs.weight"]
         torch.testing.assert_close(scaled, 10000.0 ** -(torch.arange(8) / 8))
