@@ -750,7 +750,7 @@ def check_given(given):
         raise ValueError(
             f"{named} come from the model that is tuned, {given['init_from']}: leave them out"
         )
-    idle = {"eval_iters", "loss_chunk"} & given.keys()
+    idle = {"eval_iters", "loss_chunk", "teachers", "teacher_weight"} & given.keys()
     if given.get("compile") is True:
         idle.add("compile")
     if given.get("task") == "classify":

@@ -58,6 +58,7 @@ from glass import (
     checkpoint,
     contamination,
     core,
+    distill,
     docs,
     draft,
     files,
@@ -2202,6 +2203,62 @@ def test_resuming_with_other_rates_changes_the_update_itself(workdir, capsys):
     )
     moved = checkpoint.load("out/small")["model"]
     assert all(not torch.equal(moved[name], after["model"][name]) for name in moved)
+
+
+def test_a_student_learns_what_its_teachers_predict(workdir, capsys):
+    for seed in (1, 2):
+        run_main(train.main, [*TINY_RUN, f"--out_dir=out/t{seed}", f"--seed={seed}"], capsys)
+    teachers = [weights.load_model(f"out/t{seed}")[0].eval() for seed in (1, 2)]
+    student = ["--teachers=out/t1,out/t2", "--max_iters=60", "--lr_decay_iters=60"]
+    student += ["--learning_rate=0.03", "--weight_decay=0"]
+    texts = {}
+    for weight in (0, 1):
+        words = [*TINY_RUN, *student, f"--out_dir=out/w{weight}", f"--teacher_weight={weight}"]
+        texts[weight] = run_main(train.main, words, capsys)[1]
+    dataset = shards.open_dataset("small")
+    rows = torch.from_numpy(shards.Windows(dataset.splits["train"], 16, 0).rows(0, 8))
+    with torch.no_grad():
+        p = sum(model(rows[:, :-1])[0].softmax(-1) for model in teachers) / 2
+        q = [weights.load_model(f"out/w{w}", "last")[0].eval()(rows[:, :-1])[0] for w in (0, 1)]
+    away = [F.kl_div(each.log_softmax(-1), p, reduction="none").sum(-1).mean().item() for each in q]
+    of_text = [F.cross_entropy(each.flatten(0, 1), rows[:, 1:].flatten()).item() for each in q]
+    assert away[1] < away[0] / 10 and of_text[0] < of_text[1] - 0.2
+    # the loss is what torch's divergence makes of it
+    targets, entropy = rows[:, 1:], -(p * p.log()).sum(-1).mean()
+    expected = 0.7 * (away[1] + entropy) + 0.3 * of_text[1]
+    found = distill.distillation_loss(q[1], targets, p, 0.7)
+    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype))
+
+
+def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--out_dir=out/t"], capsys)
+    words = [*TINY_RUN, "--teachers=out/t", "--dropout=0.1"]
+    run_main(train.main, [*words, "--out_dir=out/whole"], capsys)
+    run_main(train.main, [*words, "--out_dir=out/parts", "--max_iters=3"], capsys)
+    resume("out/parts", capsys, "--max_iters=6")
+    whole, parts = (checkpoint.load(f"out/{name}")["model"] for name in ("whole", "parts"))
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--teachers=out/none", "out/none"),
+        ("--teachers=out/t,out/other", "out/other has other tokens than the dataset"),
+        ("--teachers=out/t --block_size=32", "block_size=16, and this run 32"),
+        ("--teacher_weight=1.5", "teacher_weight=1.5 must lie in [0, 1]"),
+    ],
+)
+def test_teachers_that_cannot_teach_are_named_before_the_run(workdir, capsys, words, expected):
+    run_main(train.main, [*TINY_RUN, "--out_dir=out/t"], capsys)
+    Path("other.txt").write_text("0123456789\n" * 400)
+    other = prepare.Settings(name="other", input=["other.txt"], tokenizer="char")
+    prepare.prepare(other)
+    run_main(train.main, [*TINY_RUN, "--dataset=other", "--out_dir=out/other"], capsys)
+    capsys.readouterr()
+    status, _, err = run_main(train.main, [*TINY_RUN, *words.split()], capsys)
+    assert status == 2 and expected in err and err.count("\n") == 1, err
+    assert not list(Path("out").glob("small*/*.pt"))
 
 
 def test_resuming_with_another_dropout_or_attention_trains_that_model(workdir, capsys):

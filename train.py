@@ -28,6 +28,7 @@ from glass.device import (
     join_processes,
     keep_freed_memory,
 )
+from glass.distill import Teachers, distillation_loss
 from glass.files import first_line, write_json
 from glass.generate import generate
 from glass.progress import Progress, described, import_wandb, say
@@ -70,6 +71,9 @@ class Settings(GPTConfig):
     batch_size: Tunable[int] = 12  # sequences of one micro-step
     gradient_accumulation_steps: Tunable[int] = 40  # micro-steps of one step, over all processes
     grad_clip: Tunable[float] = 1.0  # largest norm of the gradient; 0: no limit
+    # other models to learn from: runs with the same tokens
+    teachers: Tunable[str] = ""  # their folders, joined by commas
+    teacher_weight: Tunable[float] = 0.8  # of what they predict, in the loss; the text has the rest
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices alone
     learning_rate: Tunable[float] = 6e-4  # peak learning rate of AdamW
@@ -113,6 +117,7 @@ class Settings(GPTConfig):
             self, "beta1 beta2 momentum muon_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"
         )
         require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
+        require(self, "teacher_weight", lambda value: 0 <= value <= 1, "lie in [0, 1]")
         require(self, "max_iters", lambda value: value <= 10**9, "be at most 1,000,000,000")
         if not self.out_dir:
             raise ValueError("out_dir='' names no folder: give one, or leave it out")
@@ -138,6 +143,10 @@ class Pretraining:
         self.windows = Windows(dataset.splits["train"], s.block_size, s.seed)
         if n := self.windows.n_left_out:
             say(f"{n} training shards are no longer than block_size={s.block_size}: left out")
+        self.teachers = None
+        if s.teachers:
+            folders = s.teachers.split(",")
+            self.teachers = Teachers(folders, dataset.tokenizer, s.block_size, device)
 
     def begin(self, model):
         pass
@@ -166,7 +175,12 @@ class Pretraining:
             rows = rows.pin_memory().to(self.device, non_blocking=True)
         rows = rows.to(self.device)
         idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (b, T) each
-        return model(idx, targets)[1] * (len(rows) / len(step_rows))
+        if self.teachers:
+            probs = self.teachers.probs(idx)
+            loss = distillation_loss(model(idx)[0], targets, probs, self.settings.teacher_weight)
+        else:
+            loss = model(idx, targets)[1]
+        return loss * (len(rows) / len(step_rows))
 
     def evaluate(self, model, context, processes, n_rows=None):
         """Loss, perplexity and bits per byte on the validation split.
