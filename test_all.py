@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -69,6 +70,7 @@ from glass import (
     loading,
     looking,
     matches,
+    ngrams,
     optim,
     parallel,
     phrasings,
@@ -2230,9 +2232,74 @@ def test_a_student_learns_what_its_teachers_predict(workdir, capsys):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype))
 
 
-def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys):
+def counted_by_hand(tokens, vocab_size, order, n_parts, rounds):
+    """What ngram_probs computes, a token at a time, in plain Python: a list of lists."""
+    N = len(tokens)
+    parts = [max(p for p in range(n_parts) if N * p // n_parts <= i) for i in range(N)]
+    probs = [[1 / vocab_size] * vocab_size for _ in tokens]
+    for n in range(order + 1):
+        counts = []  # of what follows the same context in other parts
+        for i in range(N):
+            # before the text stands nothing, and no two contexts that reach there are the same
+            same = [j for j in range(n, N) if i >= n and tokens[j - n : j] == tokens[i - n : i]]
+            counts.append(Counter(tokens[j] for j in same if parts[j] != parts[i]))
+        groups = {}
+        for i, seen in enumerate(counts):
+            if seen:
+                alike = int(2 * math.log2(seen.total())), min(len(seen), 16)
+                groups.setdefault(alike, []).append(i)
+        for members in groups.values():
+            weight = 0.5
+            for _ in range(rounds):
+                share = [counts[i][tokens[i]] / counts[i].total() for i in members]
+                shorter = [probs[i][tokens[i]] for i in members]
+                both = zip(share, shorter, strict=True)
+                found = [weight * c / (weight * c + (1 - weight) * p) for c, p in both]
+                weight = (sum(found) + 1) / (len(members) + 2)
+            for i in members:
+                total = counts[i].total()
+                probs[i] = [
+                    weight * counts[i][token] / total + (1 - weight) * p
+                    for token, p in enumerate(probs[i])
+                ]
+    return probs
+
+
+@pytest.mark.parametrize("N", [1, 3, 300])
+def test_ngrams_are_what_counting_by_hand_gives(N, monkeypatch):
+    rng = random.Random(3)
+    words = ["aba", "caab", "b", "cc"]
+    tokens = ["abc".index(letter) for letter in "".join(rng.choices(words, k=N))[:N]]
+    monkeypatch.setattr(ngrams, "ORDER", 3)
+    found = ngrams.ngram_probs(torch.tensor(tokens), 4)
+    by_hand = counted_by_hand(tokens, 4, min(3, N), min(ngrams.PARTS, N), ngrams.ROUNDS)
+    expected = torch.tensor(by_hand)
+    assert found.shape == (N, 4)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_ngrams_teach_the_token_that_they_stand_for(workdir, capsys):
+    words = [*TINY_RUN, "--teachers=ngrams", "--teacher_weight=1", "--max_iters=1"]
+    settings = train.Settings(**train.read_settings(words)[0])
+    dataset = shards.open_dataset("small")
+    task = train.Pretraining(settings, dataset, torch.device("cpu"))
+    text = torch.from_numpy(task.windows.text())
+    by_counts = ngrams.ngram_probs(text, dataset.tokenizer.vocab_size)
+    rows = task.rows(3, 4)
+    model = tiny_model(vocab_size=dataset.tokenizer.vocab_size, block_size=16)
+    logprobs = model(rows[:, 1:-1])[0].log_softmax(-1)
+    expected = 0.0
+    for row, place in enumerate(rows[:, 0].tolist()):
+        assert torch.equal(text[place : place + 17], rows[row, 1:])
+        for t in range(16):  # the token after rows[row, 1 + t]
+            expected -= (by_counts[place + t + 1].float() * logprobs[row, t]).sum() / (4 * 16)
+    torch.testing.assert_close(task.loss(model, rows, range(4), 0), expected)
+
+
+@pytest.mark.parametrize("teachers", ["out/t", "ngrams", "ngrams,out/t"])
+def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys, teachers):
     run_main(train.main, [*TINY_RUN, "--out_dir=out/t"], capsys)
-    words = [*TINY_RUN, "--teachers=out/t", "--dropout=0.1"]
+    words = [*TINY_RUN, f"--teachers={teachers}", "--dropout=0.1"]
     run_main(train.main, [*words, "--out_dir=out/whole"], capsys)
     run_main(train.main, [*words, "--out_dir=out/parts", "--max_iters=3"], capsys)
     resume("out/parts", capsys, "--max_iters=6")
@@ -6498,6 +6565,9 @@ def test_windows_cover_an_epoch_without_replacement_and_depend_on_the_row_alone(
         fresh = shards.Windows(texts, 8, seed=3).rows(first, count)
         assert np.array_equal(fresh, epochs[first : first + count])
     assert not np.array_equal(shards.Windows(texts, 8, seed=4).rows(0, 5), epochs[:5])
+    # places say where in the whole text
+    places = windows.places(0, len(epochs))
+    assert np.array_equal(windows.text()[places[:, None] + np.arange(9)], epochs)
 
 
 @pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 24])

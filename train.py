@@ -71,8 +71,8 @@ class Settings(GPTConfig):
     batch_size: Tunable[int] = 12  # sequences of one micro-step
     gradient_accumulation_steps: Tunable[int] = 40  # micro-steps of one step, over all processes
     grad_clip: Tunable[float] = 1.0  # largest norm of the gradient; 0: no limit
-    # other models to learn from: runs with the same tokens
-    teachers: Tunable[str] = ""  # their folders, joined by commas
+    # whom to learn from, beside the text: other runs with the same tokens, counts of n-grams
+    teachers: Tunable[str] = ""  # folders of runs or the word ngrams, joined by commas
     teacher_weight: Tunable[float] = 0.8  # of what they predict, in the loss; the text has the rest
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices alone
@@ -145,8 +145,8 @@ class Pretraining:
             say(f"{n} training shards are no longer than block_size={s.block_size}: left out")
         self.teachers = None
         if s.teachers:
-            folders = s.teachers.split(",")
-            self.teachers = Teachers(folders, dataset.tokenizer, s.block_size, device)
+            names, text = s.teachers.split(","), self.windows.text()
+            self.teachers = Teachers(names, dataset.tokenizer, s.block_size, text, device)
 
     def begin(self, model):
         pass
@@ -161,8 +161,9 @@ class Pretraining:
         return {}
 
     def rows(self, first, count):
-        """Windows of the training split: (count, T + 1) int64."""
-        return torch.from_numpy(self.windows.rows(first, count))
+        """Windows of the training split, each after its place there: (count, 1 + T + 1) int64."""
+        places, tokens = self.windows.places(first, count), self.windows.rows(first, count)
+        return torch.from_numpy(np.column_stack([places, tokens]))
 
     def step_rows(self, step):
         """The numbers of the rows of a step, over all processes."""
@@ -170,13 +171,14 @@ class Pretraining:
         return range(step * G, (step + 1) * G)
 
     def loss(self, model, rows, step_rows, step):
-        """The mean loss of `rows`, (b, T + 1), times their fraction of the step's rows."""
+        """The mean loss of `rows`, (b, 1 + T + 1), times their fraction of the step's rows."""
+        places, rows = rows[:, 0], rows[:, 1:]
         if self.device.type == "cuda":  # copied without waiting
             rows = rows.pin_memory().to(self.device, non_blocking=True)
         rows = rows.to(self.device)
         idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (b, T) each
         if self.teachers:
-            probs = self.teachers.probs(idx)
+            probs = self.teachers.probs(idx, places)
             loss = distillation_loss(model(idx)[0], targets, probs, self.settings.teacher_weight)
         else:
             loss = model(idx, targets)[1]

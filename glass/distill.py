@@ -1,24 +1,34 @@
 """Knowledge distillation: a model learns what others predict, beside what the text says.
 
-After a short text, many next tokens are possible, and the text shows one. The mean prediction of
-several models says more, and is hard to learn by heart. Sources: Hinton et al. 2015,
-arXiv:1503.02531; an ensemble into one model of the same size where text is short, Kim et al. 2025,
-arXiv:2509.14786.
+After a short text, many next tokens are possible, and the text shows one. What several models
+predict on average, or the counts of n-grams elsewhere in the text, says more, and is hard to learn
+by heart. Sources: Hinton et al. 2015, arXiv:1503.02531; an ensemble into one model of the same size
+where text is short, Kim et al. 2025, arXiv:2509.14786.
 """
 
 import torch
 import torch.nn.functional as F
 
+from glass.ngrams import ngram_probs
 from glass.weights import load_model
+
+NGRAMS = "ngrams"
 
 
 class Teachers:
-    """The trained models in `folders`, runs or published weights, which are only read."""
+    """Trained models, runs or published weights, which are only read; and counts of n-grams."""
 
-    def __init__(self, folders, tokenizer, block_size, device):
-        """Raises ValueError if one has other tokens than `tokenizer`, or a shorter block."""
-        self.models = []
-        for folder in folders:
+    def __init__(self, names, tokenizer, block_size, text, device):
+        """names: folders of models, or "ngrams" for the counts of the training text, (N,) int64.
+
+        Raises ValueError if a model has other tokens than `tokenizer`, or a shorter block.
+        """
+        self.models, self.by_counts = [], None
+        if NGRAMS in names:
+            self.by_counts = ngram_probs(torch.from_numpy(text), tokenizer.vocab_size)
+        for folder in names:
+            if folder == NGRAMS:
+                continue
             model, own, _ = load_model(folder)
             if own.to_dict() != tokenizer.to_dict():
                 raise ValueError(
@@ -32,9 +42,16 @@ class Teachers:
             self.models.append(model.to(device).eval().requires_grad_(False))
 
     @torch.no_grad()
-    def probs(self, idx):
-        """Their mean probabilities of each next token: idx (B, T) -> (B, T, V) float32."""
-        return sum(model(idx)[0].softmax(-1) for model in self.models) / len(self.models)
+    def probs(self, idx, places):
+        """Their mean probabilities of each next token: idx (B, T) -> (B, T, V) float32.
+
+        places (B,): where in the training text the rows begin.
+        """
+        found = [model(idx)[0].softmax(-1) for model in self.models]
+        if self.by_counts is not None:
+            following = places[:, None] + torch.arange(1, idx.shape[1] + 1)
+            found.append(self.by_counts[following].to(idx.device).float())
+        return sum(found) / len(found)
 
 
 def distillation_loss(logits, targets, probs, weight):

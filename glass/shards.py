@@ -278,19 +278,33 @@ class Windows:
         offset = random.integers(min(T, len(self.shards[shard]) - count * T))
         return offset + T * random.permutation(count)
 
+    def text(self):
+        """All tokens that the rows are cut from, as one array: (N,) int64."""
+        return np.concatenate(self.shards).astype(np.int64)
+
+    def places(self, first, count):
+        """Where in text() the rows from `first` on begin: (count,) int64."""
+        before = np.cumsum([0, *map(len, self.shards)])
+        return np.concatenate([before[shard] + starts for shard, starts in self.cuts(first, count)])
+
     def rows(self, first, count):
         """The rows from `first` on: (count, T + 1) int64. Inputs are [:, :-1], targets [:, 1:]."""
-        pieces = []
+        pieces = [
+            self.shards[shard][starts[:, None] + np.arange(self.T + 1)]
+            for shard, starts in self.cuts(first, count)
+        ]
+        return np.concatenate(pieces).astype(np.int64)
+
+    def cuts(self, first, count):
+        """Where `count` rows are cut: pairs of a shard's number and indices of first tokens."""
         while count:
             epoch, row = divmod(first, self.epoch_rows)
             shards, begins = self.order(epoch)
             place = int(np.searchsorted(begins, row, side="right")) - 1
             shard = int(shards[place])
             starts = self.starts(epoch, shard)[row - begins[place] :][:count]
-            tokens = self.shards[shard][starts[:, None] + np.arange(self.T + 1)]
-            pieces.append(tokens.astype(np.int64))
+            yield shard, starts
             first, count = first + len(starts), count - len(starts)
-        return np.concatenate(pieces)
 
 
 def evaluation_batches(shards, block_size, batch_size, n_batches=None):

@@ -1,0 +1,78 @@
+"""What counting says of each token of a text: an n-gram model that has not seen what it is asked.
+
+The text is cut into parts, and the tokens of a part are predicted from counts of the other parts.
+So these probabilities say which tokens were possible, and nobody learns the text by heart from
+them. Source: deleted interpolation, Jelinek and Mercer 1980, "Interpolated estimation of Markov
+source parameters from sparse data".
+"""
+
+import torch
+
+ORDER = 6  # tokens of the longest context: more add little to a megabyte of characters
+PARTS = 10
+ROUNDS = 15  # of expectation maximisation
+
+
+def ngram_probs(tokens, vocab_size):
+    """Probabilities of each token of a text, given those before it: (N,) int64 -> (N, V) float16.
+
+    After a context of n tokens they are w c + (1 - w) p, where c are the shares of what follows this
+    context in the other parts, and p the probabilities after its last n - 1 tokens. The weight w
+    depends on how often the context was seen and with how many successors, and makes the text as
+    likely as can be.
+    """
+    N, V = len(tokens), vocab_size
+    probs = torch.full((N, V), 1 / V)
+    contexts = torch.zeros(N, dtype=torch.int64)
+    for n in range(min(ORDER, N) + 1):
+        if n:  # a shorter context and the token before it; V: none
+            contexts = contexts * (V + 1) + torch.cat([torch.full((n,), V), tokens[:-n]])
+        contexts = torch.unique(contexts, return_inverse=True)[1]  # from 0 on
+        totals = count(contexts, tokens, V)
+        parts = []
+        for part in split(N):
+            own, rows = torch.unique(contexts[part], return_inverse=True)
+            counts = totals[own] - count(rows, tokens[part], V)
+            parts.append((part, counts, rows))
+        weights = interpolation(parts, tokens, probs)
+        for part, counts, rows in parts:
+            shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+            probs[part].lerp_(shares[rows], weights[part, None])
+    return probs.half()
+
+
+def split(N):
+    """PARTS slices of about the same length that make up range(N), or N of length 1."""
+    n = min(PARTS, N)
+    edges = [N * part // n for part in range(n + 1)]
+    return [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]
+
+
+def count(contexts, tokens, vocab_size):
+    """How often each token follows each context: (N,) both -> (contexts, V) float32."""
+    n_contexts = int(contexts.max()) + 1
+    pairs = torch.bincount(contexts * vocab_size + tokens, minlength=n_contexts * vocab_size)
+    return pairs.view(n_contexts, vocab_size).float()
+
+
+def interpolation(parts, tokens, probs):
+    """The weight of the counts for each token, (N,): one for all contexts that were seen alike.
+
+    parts: (slice, counts, rows into counts) each. Expectation maximisation of the likelihood.
+    """
+    seen, kinds, right = [], [], []
+    for part, counts, rows in parts:
+        seen.append(counts.sum(1)[rows])
+        kinds.append((counts > 0).sum(1)[rows])
+        right.append(counts[rows, tokens[part]])
+    seen, kinds, right = torch.cat(seen), torch.cat(kinds), torch.cat(right)
+    by_counts = right / seen.clamp(min=1)
+    by_shorter = probs.gather(1, tokens[:, None])[:, 0]
+    alike = (2 * seen.clamp(min=1).log2()).long() * 17 + kinds.clamp(max=16)
+    size = torch.bincount(alike)
+    weights = torch.full(size.shape, 0.5)
+    for _ in range(ROUNDS):
+        w = weights[alike]
+        from_counts = w * by_counts / (w * by_counts + (1 - w) * by_shorter)
+        weights = (torch.bincount(alike, from_counts) + 1) / (size + 2)
+    return weights[alike] * (seen > 0)
