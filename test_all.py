@@ -2296,6 +2296,13 @@ def test_ngrams_teach_the_token_that_they_stand_for(workdir, capsys):
     torch.testing.assert_close(task.loss(model, rows, range(4), 0), expected)
 
 
+def test_counts_that_memory_cannot_hold_are_refused_before_the_run(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(distill, "free_memory", lambda device: 10**5)
+    status, _, err = run_main(train.main, [*TINY_RUN, "--teachers=ngrams"], capsys)
+    assert status == 2 and "teachers: ngrams of" in err and err.count("\n") == 1, err
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("teachers", ["out/t", "ngrams", "ngrams,out/t"])
 def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys, teachers):
     run_main(train.main, [*TINY_RUN, "--out_dir=out/t"], capsys)

@@ -145,8 +145,8 @@ class Pretraining:
             say(f"{n} training shards are no longer than block_size={s.block_size}: left out")
         self.teachers = None
         if s.teachers:
-            names, text = s.teachers.split(","), self.windows.text()
-            self.teachers = Teachers(names, dataset.tokenizer, s.block_size, text, device)
+            names = s.teachers.split(",")
+            self.teachers = Teachers(names, dataset.tokenizer, self.windows, device)
 
     def begin(self, model):
         pass

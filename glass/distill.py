@@ -9,6 +9,7 @@ where text is short, Kim et al. 2025, arXiv:2509.14786.
 import torch
 import torch.nn.functional as F
 
+from glass.device import free_memory
 from glass.ngrams import ngram_probs
 from glass.weights import load_model
 
@@ -18,14 +19,16 @@ NGRAMS = "ngrams"
 class Teachers:
     """Trained models, runs or published weights, which are only read; and counts of n-grams."""
 
-    def __init__(self, names, tokenizer, block_size, text, device):
-        """names: folders of models, or "ngrams" for the counts of the training text, (N,) int64.
+    def __init__(self, names, tokenizer, windows, device):
+        """names: folders of models, or "ngrams" for counts of the text that `windows` are cut from.
 
-        Raises ValueError if a model has other tokens than `tokenizer`, or a shorter block.
+        Raises ValueError if a model has other tokens than `tokenizer` or a shorter block, or if
+        there is no memory for the counts.
         """
-        self.models, self.by_counts = [], None
+        self.models, self.by_counts, block_size = [], None, windows.T
         if NGRAMS in names:
-            self.by_counts = ngram_probs(torch.from_numpy(text), tokenizer.vocab_size)
+            check_counts(sum(map(len, windows.shards)), tokenizer.vocab_size)
+            self.by_counts = ngram_probs(torch.from_numpy(windows.text()), tokenizer.vocab_size)
         for folder in names:
             if folder == NGRAMS:
                 continue
@@ -52,6 +55,17 @@ class Teachers:
             following = places[:, None] + torch.arange(1, idx.shape[1] + 1)
             found.append(self.by_counts[following].to(idx.device).float())
         return sum(found) / len(found)
+
+
+def check_counts(n_tokens, vocab_size):
+    """ValueError where ngram_probs would need more memory than there is."""
+    needed, free = 12 * n_tokens * vocab_size, free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise ValueError(
+            f"teachers: {NGRAMS} of {n_tokens:,} tokens of {vocab_size:,} kinds need "
+            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: take a shorter text, or "
+            "characters"
+        )
 
 
 def distillation_loss(logits, targets, probs, weight):
