@@ -1629,7 +1629,12 @@ def test_three_kills_change_no_bit_of_the_result(workdir, capsys):
     assert_same(final_state("out/small"), final_state("out/straight"))
 
 
-def test_two_processes_make_the_run_of_one_and_their_checkpoint_resumes_in_one(workdir, capsys):
+@pytest.mark.parametrize("teachers", ["", "ngrams,out/t"])
+def test_two_processes_make_the_run_of_one_and_their_checkpoint_resumes_in_one(
+    workdir, capsys, teachers
+):
+    if teachers:
+        run_main(train.main, [*TINY_RUN, "--out_dir=out/t"], capsys)
     # 6 rows for each of two processes are micro-steps of 4 and 2; the rotary model has been evaluated under DDP
     run = [
         *TINY_RUN,
@@ -1637,6 +1642,7 @@ def test_two_processes_make_the_run_of_one_and_their_checkpoint_resumes_in_one(w
         "--eval_interval=10",
         "--batch_size=4",
         "--gradient_accumulation_steps=3",
+        f"--teachers={teachers}",
     ]
     run += [
         "--optimizer=adamw",
