@@ -1,9 +1,9 @@
-# config/shakespeare_char_best.py: config/shakespeare_char.py for a lower loss in the same time: three blocks, and what n-grams teach
+# config/shakespeare_char_best.py: config/shakespeare_char.py with other rates, and what n-grams teach beside the text
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char_best"
 
 block_size = 256  # characters
-n_layer = 3
+n_layer = 4
 n_head = 3
 n_embd = 192
 pos = "rope"
@@ -22,16 +22,16 @@ optimizer = "muon"
 muon_lr = 0.025
 momentum = 0.9
 muon_beta2 = 0.95
-muon_weight_decay = 0.05
+muon_weight_decay = 0.1
 batch_size = 4
 gradient_accumulation_steps = 1
 learning_rate = 8e-3  # of AdamW: embedding, norms, head
 lr_shape = "linear"
 min_lr = 0.0
 warmup_iters = 20
-max_iters = 3050
-lr_decay_iters = 3050
+max_iters = 2600
+lr_decay_iters = 2600
 
-eval_interval = 3050
+eval_interval = 2600
 eval_iters = None  # the whole validation split
 log_interval = 50
