@@ -2252,7 +2252,7 @@ def counted_by_hand(tokens, vocab_size, order, n_parts, rounds):
         groups = {}
         for i, seen in enumerate(counts):
             if seen:
-                alike = int(2 * math.log2(seen.total())), min(len(seen), 16)
+                alike = parts[i], int(2 * math.log2(seen.total())), min(len(seen), 16)
                 groups.setdefault(alike, []).append(i)
         for members in groups.values():
             weight = 0.5

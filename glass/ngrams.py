@@ -18,8 +18,8 @@ def ngram_probs(tokens, vocab_size):
 
     After a context of n tokens they are w c + (1 - w) p, where c are the shares of what follows this
     context in the other parts, and p the probabilities after its last n - 1 tokens. The weight w
-    depends on how often the context was seen and with how many successors, and makes the text as
-    likely as can be.
+    depends on how often the context was seen and with how many successors, and makes the part as
+    likely as can be. Takes 12 N V bytes while it runs.
     """
     N, V = len(tokens), vocab_size
     probs = torch.full((N, V), 1 / V)
@@ -29,15 +29,12 @@ def ngram_probs(tokens, vocab_size):
             contexts = contexts * (V + 1) + torch.cat([torch.full((n,), V), tokens[:-n]])
         contexts = torch.unique(contexts, return_inverse=True)[1]  # from 0 on
         totals = count(contexts, tokens, V)
-        parts = []
         for part in split(N):
             own, rows = torch.unique(contexts[part], return_inverse=True)
-            counts = totals[own] - count(rows, tokens[part], V)
-            parts.append((part, counts, rows))
-        weights = interpolation(parts, tokens, probs)
-        for part, counts, rows in parts:
+            counts = totals[own] - count(rows, tokens[part], V)  # in the other parts
             shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-            probs[part].lerp_(shares[rows], weights[part, None])
+            weights = interpolation(counts, shares, rows, tokens[part], probs[part])
+            probs[part].lerp_(shares[rows], weights[:, None])
     return probs.half()
 
 
@@ -51,28 +48,25 @@ def split(N):
 def count(contexts, tokens, vocab_size):
     """How often each token follows each context: (N,) both -> (contexts, V) float32."""
     n_contexts = int(contexts.max()) + 1
-    pairs = torch.bincount(contexts * vocab_size + tokens, minlength=n_contexts * vocab_size)
-    return pairs.view(n_contexts, vocab_size).float()
+    counts = torch.zeros(n_contexts * vocab_size)
+    counts.index_add_(0, contexts * vocab_size + tokens, torch.ones(len(tokens)))
+    return counts.view(n_contexts, vocab_size)
 
 
-def interpolation(parts, tokens, probs):
+def interpolation(counts, shares, rows, tokens, probs):
     """The weight of the counts for each token, (N,): one for all contexts that were seen alike.
 
-    parts: (slice, counts, rows into counts) each. Expectation maximisation of the likelihood.
+    counts and shares (contexts, V), rows (N,): the context of each token, probs (N, V) by shorter
+    contexts. Expectation maximisation of the likelihood.
     """
-    seen, kinds, right = [], [], []
-    for part, counts, rows in parts:
-        seen.append(counts.sum(1)[rows])
-        kinds.append((counts > 0).sum(1)[rows])
-        right.append(counts[rows, tokens[part]])
-    seen, kinds, right = torch.cat(seen), torch.cat(kinds), torch.cat(right)
-    by_counts = right / seen.clamp(min=1)
-    by_shorter = probs.gather(1, tokens[:, None])[:, 0]
+    seen, kinds = counts.sum(1), (counts > 0).sum(1)
     alike = (2 * seen.clamp(min=1).log2()).long() * 17 + kinds.clamp(max=16)
+    alike = alike[rows]
+    by_counts, by_shorter = shares[rows, tokens], probs.gather(1, tokens[:, None])[:, 0]
     size = torch.bincount(alike)
     weights = torch.full(size.shape, 0.5)
     for _ in range(ROUNDS):
         w = weights[alike]
         from_counts = w * by_counts / (w * by_counts + (1 - w) * by_shorter)
         weights = (torch.bincount(alike, from_counts) + 1) / (size + 2)
-    return weights[alike] * (seen > 0)
+    return weights[alike] * (seen > 0)[rows]
