@@ -1,6 +1,6 @@
 """Knowledge distillation: a model learns what others predict, beside what the text says.
 
-After a short text, many next tokens are possible, and the text shows one. What several models
+Many tokens could come next at each place, and the text shows one. What several models
 predict on average, or the counts of n-grams elsewhere in the text, says more, and is hard to learn
 by heart. Sources: Hinton et al. 2015, arXiv:1503.02531; an ensemble into one model of the same size
 where text is short, Kim et al. 2025, arXiv:2509.14786.
@@ -26,9 +26,6 @@ class Teachers:
         there is no memory for the counts.
         """
         self.models, self.by_counts, block_size = [], None, windows.T
-        if NGRAMS in names:
-            check_counts(sum(map(len, windows.shards)), tokenizer.vocab_size)
-            self.by_counts = ngram_probs(torch.from_numpy(windows.text()), tokenizer.vocab_size)
         for folder in names:
             if folder == NGRAMS:
                 continue
@@ -43,6 +40,9 @@ class Teachers:
                     f"{block_size}: add --block_size={model.config.block_size}"
                 )
             self.models.append(model.to(device).eval().requires_grad_(False))
+        if NGRAMS in names:
+            check_counts(sum(map(len, windows.shards)), tokenizer.vocab_size)
+            self.by_counts = ngram_probs(torch.from_numpy(windows.text()), tokenizer.vocab_size)
 
     @torch.no_grad()
     def probs(self, idx, places):

@@ -1,8 +1,8 @@
 """What counting says of each token of a text: an n-gram model that has not seen what it is asked.
 
 The text is cut into parts, and the tokens of a part are predicted from counts of the other parts.
-So these probabilities say which tokens were possible, and nobody learns the text by heart from
-them. Source: deleted interpolation, Jelinek and Mercer 1980, "Interpolated estimation of Markov
+So these probabilities say which tokens were possible, and a model cannot learn the text by heart
+from them. Source: deleted interpolation, Jelinek and Mercer 1980, "Interpolated estimation of Markov
 source parameters from sparse data".
 """
 

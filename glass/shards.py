@@ -251,6 +251,7 @@ class Windows:
         self.T, self.seed = block_size, seed
         self.shards = [shard for shard in shards if len(shard) > block_size]
         self.n_left_out = len(shards) - len(self.shards)
+        self.offsets = np.cumsum([0, *map(len, self.shards)])  # where each begins in text()
         # One window fewer than fits, so that every offset below block_size leaves room for all.
         self.counts = [max(1, len(shard) // block_size - 1) for shard in self.shards]
         self.epoch_rows = sum(self.counts)
@@ -284,8 +285,8 @@ class Windows:
 
     def places(self, first, count):
         """Where in text() the rows from `first` on begin: (count,) int64."""
-        before = np.cumsum([0, *map(len, self.shards)])
-        return np.concatenate([before[shard] + starts for shard, starts in self.cuts(first, count)])
+        cuts = self.cuts(first, count)
+        return np.concatenate([self.offsets[shard] + starts for shard, starts in cuts])
 
     def rows(self, first, count):
         """The rows from `first` on: (count, T + 1) int64. Inputs are [:, :-1], targets [:, 1:]."""
