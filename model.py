@@ -18,6 +18,7 @@ from typing import Annotated, Literal, TypeVar
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -638,15 +639,42 @@ def cross_entropy(head, x, targets):
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), logits
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The same summed loss, `chunk` tokens at a time.
+
+    The gradient of a chunk is taken together with its loss, so that its logits need not wait for
+    the backward pass, nor be computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, head, chunk, x, targets, *weights):
+        """weights: the parameters of head that are trained. x, targets: as above."""
+        trains, total, x_grads, weight_grads = any(ctx.needs_input_grad), 0, [], []
+        for piece, piece_targets in zip(x.split(chunk), targets.split(chunk), strict=True):
+            with torch.set_grad_enabled(trains):
+                piece = piece.detach().requires_grad_(trains)
+                loss, _ = cross_entropy(head, piece, piece_targets)
+            total = total + loss.detach()
+            if trains:
+                x_grad, *grads = torch.autograd.grad(loss, [piece, *weights])
+                x_grads.append(x_grad)
+                sums = zip(weight_grads, grads, strict=True)
+                weight_grads = [a.add_(b) for a, b in sums] if weight_grads else grads
+        if trains:
+            ctx.save_for_backward(torch.cat(x_grads), *weight_grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x_grad, *weight_grads = (saved.mul_(grad) for saved in ctx.saved_tensors)
+        return None, None, x_grad, None, *weight_grads
+
+
 def chunked_cross_entropy(head, x, targets, chunk):
-    """(the same loss, None), `chunk` tokens at a time; the backward pass recomputes their logits."""
-
-    def loss_of(x, targets):
-        return cross_entropy(head, x, targets)[0]
-
-    pieces = zip(x.split(chunk), targets.split(chunk), strict=True)
-    losses = [recompute(loss_of, *piece, use_reentrant=False) for piece in pieces]
-    return sum(losses), None
+    """(the same loss, None), in less memory."""
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    return ChunkedCrossEntropy.apply(head, chunk, x, targets, *weights), None
 
 
 def uniform_numbers(n, generator, device):

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -560,6 +561,33 @@ def test_loss_in_chunks_has_the_gradients_of_the_whole(loss_chunk):
     for p, q in zip(chunked.parameters(), whole.parameters(), strict=True):
         # float32, sums in another order
         torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", ["", "head", "all but the head"])
+def test_loss_in_chunks_computes_logits_once_and_keeps_none(frozen):
+    chunked, whole = (tiny_model(tie_weights=False, loss_chunk=chunk) for chunk in (4, None))
+    for model in (chunked, whole):
+        for name, p in model.named_parameters():
+            p.requires_grad = not frozen or name.startswith("head") != (frozen == "head")
+    idx, targets = torch.randint(61, (2, 3, 8))
+    passed = []
+    chunked.head.register_forward_hook(lambda head, x, y: passed.append(tuple(y.shape)))
+    losses, logits_kept = [], []
+    for model in (chunked, whole):
+        saved = []  # for the backward pass, of any length
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.append(weakref.ref(x)) or x, lambda x: x
+        ):
+            losses.append(model(idx, targets)[1] / 3)
+        alive = [x().shape for x in saved if x() is not None]
+        logits_kept.append([tuple(shape) for shape in alive if shape and shape[-1] == 61])
+        (2 * losses[-1]).backward()
+    assert passed == [(4, 61)] * 6
+    assert not logits_kept[0] and (24, 61) in logits_kept[1]
+    for p, q in zip(chunked.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        assert chunked(idx, targets)[1].item() == pytest.approx(3 * losses[0].item(), abs=1e-6)
 
 
 def test_a_cache_that_is_full_is_an_error():
