@@ -2352,6 +2352,8 @@ def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys, teachers):
     ("words", "expected"),
     [
         ("--teachers=out/none", "out/none"),
+        ("--teachers=out/t,", "teachers=out/t, has an empty name: leave out a comma"),
+        ("--teachers=Ngram", "teachers: Ngram is no folder: did you mean ngrams?"),
         ("--teachers=out/t,out/other", "out/other has other tokens than the dataset"),
         ("--teachers=out/t --block_size=32", "block_size=16, and this run 32"),
         ("--teacher_weight=1.5", "teacher_weight=1.5 must lie in [0, 1]"),

@@ -6,6 +6,9 @@ by heart. Sources: Hinton et al. 2015, arXiv:1503.02531; an ensemble into one mo
 where text is short, Kim et al. 2025, arXiv:2509.14786.
 """
 
+import difflib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -29,6 +32,7 @@ class Teachers:
         for folder in names:
             if folder == NGRAMS:
                 continue
+            check_name(folder, names)
             model, own, _ = load_model(folder)
             if own.to_dict() != tokenizer.to_dict():
                 raise ValueError(
@@ -55,6 +59,14 @@ class Teachers:
             following = places[:, None] + torch.arange(1, idx.shape[1] + 1)
             found.append(self.by_counts[following].to(idx.device).float())
         return sum(found) / len(found)
+
+
+def check_name(name, names):
+    """ValueError for a name of a teacher that was mistyped."""
+    if not name:
+        raise ValueError(f"teachers={','.join(names)} has an empty name: leave out a comma")
+    if not Path(name).exists() and difflib.get_close_matches(name.lower(), [NGRAMS]):
+        raise ValueError(f"teachers: {name} is no folder: did you mean {NGRAMS}?")
 
 
 def check_counts(n_tokens, vocab_size):
