@@ -6246,6 +6246,21 @@ def test_a_first_visit_of_the_page_has_a_tour_and_a_phone_no_sideways_scroll(chr
     tab.close()
 
 
+def test_the_tour_can_be_left_without_leaving_the_view(chromium, site):
+    tab = Tab(chromium, site.port, toured=False)
+    for leave in ("Escape", "button"):
+        tab.page.wait_for_selector("#tour:has-text('1 of 7')")
+        tab.look("surprise")
+        if leave == "Escape":
+            tab.page.keyboard.press("Escape")
+        else:
+            tab("text=Leave the tour").click()
+        tab.page.wait_for_selector("#tour", state="hidden")
+        assert tab("#view").get_attribute("aria-labelledby") == "tab-surprise"
+        tab("#start-tour").click()
+    tab.close()
+
+
 def test_the_lines_behind_each_view_can_be_shown(site, tab):
     tab.look("surprise")
     tab.page.wait_for_selector("#view .tokens")
