@@ -72,7 +72,7 @@ class Settings(GPTConfig):
     gradient_accumulation_steps: Tunable[int] = 40  # micro-steps of one step, over all processes
     grad_clip: Tunable[float] = 1.0  # largest norm of the gradient; 0: no limit
     # whom to learn from, beside the text: other runs with the same tokens, counts of n-grams
-    teachers: Tunable[str] = ""  # folders of runs or the word ngrams, joined by commas
+    teachers: Tunable[str | None] = None  # folders of runs or the word ngrams, joined by commas
     teacher_weight: Tunable[float] = 0.8  # of what they predict, in the loss; the text has the rest
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices alone
