@@ -91,7 +91,7 @@ class Settings(train.Settings):
     updates_per_sample: Tunable[int] = 1  # steps on the same answers
     clip: Tunable[float] = 0.2  # probability ratios are clipped to 1 +- this
     kl_coef: float = 0.0  # weight of the divergence from the model at the start
-    # train.py's, with other defaults
+    # defaults other than train.py's
     gradient_accumulation_steps: Tunable[int] = 1  # micro-steps of one step
     batch_size: Tunable[int] = 32  # rows of one micro-step
     learning_rate: Tunable[float] = 1e-4  # largest, of AdamW

@@ -71,9 +71,9 @@ class GPTConfig:
     mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = "gelu"  # gelu: by tanh, as in GPT-2
     pos: Literal["learned", "rope"] = "learned"  # an embedding, or rotated queries and keys
     rope_theta: float = 10000.0  # the longest wavelength is about 2 pi rope_theta positions
-    rope_scaling: dict | None = None  # Llama 3.1's, with the keys that llama3() below writes
+    rope_scaling: dict | None = None  # Llama 3.1's: a dict with the keys of ROPE_SCALING
     qk_norm: bool = False  # divide queries and keys by their root mean square
-    qk_norm_weight: bool = False  # that with a weight for each channel of a head, and norm_eps
+    qk_norm_weight: bool = False  # the same, and times a weight for each channel of a head
     tie_weights: bool = True  # the head uses the token embedding's matrix
     smear: bool = False  # add a learned fraction of the previous token's embedding
     embed_skip: bool = False  # each block reads a learned mix of residual stream and embedding
@@ -649,7 +649,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head, chunk, x, targets, *weights):
         """weights: the parameters of head that are trained. x, targets: as above."""
-        trains, total, x_grads, weight_grads = any(ctx.needs_input_grad), 0, [], []
+        trains, total, x_grads = any(ctx.needs_input_grad), 0, []
+        weight_grads = [torch.zeros_like(weight) for weight in weights] if trains else []
         for piece, piece_targets in zip(x.split(chunk), targets.split(chunk), strict=True):
             with torch.set_grad_enabled(trains):
                 piece = piece.detach().requires_grad_(trains)
@@ -658,8 +659,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if trains:
                 x_grad, *grads = torch.autograd.grad(loss, [piece, *weights])
                 x_grads.append(x_grad)
-                sums = zip(weight_grads, grads, strict=True)
-                weight_grads = [a.add_(b) for a, b in sums] if weight_grads else grads
+                for weight_grad, grad in zip(weight_grads, grads, strict=True):
+                    weight_grad += grad
         if trains:
             ctx.save_for_backward(torch.cat(x_grads), *weight_grads)
         return total
@@ -667,6 +668,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        # in place, since they are large: so there can be one backward pass
         x_grad, *weight_grads = (saved.mul_(grad) for saved in ctx.saved_tensors)
         return None, None, x_grad, None, *weight_grads
 

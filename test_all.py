@@ -1361,7 +1361,10 @@ def test_patience_ends_a_run_that_no_longer_improves(workdir, capsys):
         (["--batch_size=big"], "--batch_size='big' must be int"),
         (["config/shakespeare_chat.py"], "did you mean config/shakespeare_char.py"),
         (["--dataset=nothing"], "nothing"),
-        (["--block_size=4000"], "block_size=4000 needs one more"),
+        (
+            ["--block_size=4000"],
+            "block_size=4000 needs 4001 tokens of training text in a row, and the longest shard has",
+        ),
         (["--device=cuda"], "device=cuda is not available"),
         (["--device=tpu9"], "is not a device"),
         (["--init_from=resume", "--out_dir=out/none"], "holds no checkpoint"),
@@ -2352,6 +2355,7 @@ def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys, teachers):
     ("words", "expected"),
     [
         ("--teachers=out/none", "out/none"),
+        ("--teachers=ngrams --loss_chunk=9", "loss_chunk=9 does not go with teachers=ngrams"),
         ("--teachers=out/t,", "teachers=out/t, has an empty name: leave out a comma"),
         ("--teachers=Ngram", "teachers: Ngram is no folder: did you mean ngrams?"),
         ("--teachers=out/t,out/other", "out/other has other tokens than the dataset"),

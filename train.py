@@ -119,6 +119,11 @@ class Settings(GPTConfig):
         require(self, "cooldown", lambda value: 0 < value <= 1, "lie in (0, 1]")
         require(self, "teacher_weight", lambda value: 0 <= value <= 1, "lie in [0, 1]")
         require(self, "max_iters", lambda value: value <= 10**9, "be at most 1,000,000,000")
+        if self.teachers and self.loss_chunk:
+            raise ValueError(
+                f"loss_chunk={self.loss_chunk} does not go with teachers={self.teachers}, which "
+                "are compared with all logits: leave one out"
+            )
         if not self.out_dir:
             raise ValueError("out_dir='' names no folder: give one, or leave it out")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -147,6 +152,7 @@ class Pretraining:
         if s.teachers:
             names = s.teachers.split(",")
             self.teachers = Teachers(names, dataset.tokenizer, self.windows, device)
+            say(f"teachers={s.teachers} make {s.teacher_weight:.0%} of the train loss")
 
     def begin(self, model):
         pass

@@ -33,10 +33,10 @@ class Teachers:
             if folder == NGRAMS:
                 continue
             check_name(folder, names)
-            model, own, _ = load_model(folder)
-            if own.to_dict() != tokenizer.to_dict():
+            model, its_tokenizer, _ = load_model(folder)
+            if its_tokenizer.to_dict() != tokenizer.to_dict():
                 raise ValueError(
-                    f"teachers: {folder} has other tokens than the dataset: name its own"
+                    f"teachers: {folder} has other tokens than the dataset: name a run on this dataset"
                 )
             if model.config.block_size < block_size:
                 raise ValueError(
@@ -46,7 +46,8 @@ class Teachers:
             self.models.append(model.to(device).eval().requires_grad_(False))
         if NGRAMS in names:
             check_counts(sum(map(len, windows.shards)), tokenizer.vocab_size)
-            self.by_counts = ngram_probs(torch.from_numpy(windows.text()), tokenizer.vocab_size)
+            text = torch.from_numpy(windows.text())
+            self.by_counts = ngram_probs(text, tokenizer.vocab_size)  # (tokens, V) float16
 
     @torch.no_grad()
     def probs(self, idx, places):
@@ -54,9 +55,9 @@ class Teachers:
 
         places (B,): where in the training text the rows begin.
         """
-        found = [model(idx)[0].softmax(-1) for model in self.models]
+        found = [model(idx)[0].softmax(-1) for model in self.models]  # (B, T, V) each
         if self.by_counts is not None:
-            following = places[:, None] + torch.arange(1, idx.shape[1] + 1)
+            following = places[:, None] + torch.arange(1, idx.shape[1] + 1)  # (B, T)
             found.append(self.by_counts[following].to(idx.device).float())
         return sum(found) / len(found)
 

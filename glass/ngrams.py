@@ -1,20 +1,24 @@
-"""What counting says of each token of a text: an n-gram model that has not seen what it is asked.
+"""What counting says of each token of a text: an n-gram model whose counts leave out what it is asked.
 
-The text is cut into parts, and the tokens of a part are predicted from counts of the other parts.
-So these probabilities say which tokens were possible, and a model cannot learn the text by heart
-from them. Source: deleted interpolation, Jelinek and Mercer 1980, "Interpolated estimation of Markov
-source parameters from sparse data".
+The text is cut into parts, and the tokens of a part are predicted from counts of the other parts;
+only a few weights of the mixture are fitted on the part itself. So these probabilities say which
+tokens were possible, and a model cannot learn the text by heart from them. Source: deleted
+interpolation, Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from
+sparse data".
 """
 
 import torch
 
 ORDER = 6  # tokens of the longest context: more add little to a megabyte of characters
 PARTS = 4  # ten know too much of what is said nearby: a higher loss held out
+MOST_KINDS = 16  # of successors, that are told apart
 ROUNDS = 15  # of expectation maximisation
 
 
 def ngram_probs(tokens, vocab_size):
-    """Probabilities of each token of a text, given those before it: (N,) int64 -> (N, V) float16.
+    """Probabilities of the next token at each place of a text: (N,) int64 -> (N, V) float16.
+
+    Row i is for token i, given up to ORDER tokens before it.
 
     After a context of n tokens they are w c + (1 - w) p, where c are the shares of what follows this
     context in the other parts, and p the probabilities after its last n - 1 tokens. The weight w
@@ -59,9 +63,10 @@ def interpolation(counts, shares, rows, tokens, probs):
     counts and shares (contexts, V), rows (N,): the context of each token, probs (N, V) by shorter
     contexts. Expectation maximisation of the likelihood.
     """
-    seen, kinds = counts.sum(1), (counts > 0).sum(1)
-    alike = (2 * seen.clamp(min=1).log2()).long() * 17 + kinds.clamp(max=16)
-    alike = alike[rows]
+    seen, kinds = counts.sum(1), (counts > 0).sum(1)  # tokens that followed, different ones
+    half_octave = (2 * seen.clamp(min=1).log2()).long()
+    alike = half_octave * (MOST_KINDS + 1) + kinds.clamp(max=MOST_KINDS)  # the number of a group
+    alike = alike[rows]  # (N,)
     by_counts, by_shorter = shares[rows, tokens], probs.gather(1, tokens[:, None])[:, 0]
     size = torch.bincount(alike)
     weights = torch.full(size.shape, 0.5)

@@ -175,8 +175,7 @@ class Run:
 
         Learning rates and other options stay as the settings of this run have them.
         """
-        if "shards" in state:
-            state = sharded.filled(state, sharded.parts_of(self.model, self.optimizers))
+        state = sharded.filled(state, sharded.parts_of(self.model, self.optimizers))
         self.load_weights(state)
         load_moments(self.optimizers, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # a disabled scaler saved nothing
@@ -197,8 +196,7 @@ class Run:
 
     def load_weights(self, state):
         """Give the model the weights of a checkpoint's state."""
-        if "shards" in state:
-            state = sharded.filled(state, sharded.parts_of(self.model, self.optimizers))
+        state = sharded.filled(state, sharded.parts_of(self.model, self.optimizers))
         self.model.load_state_dict(shards_like(state["model"], self.model.state_dict()))
 
     def save(self):

@@ -280,7 +280,8 @@ def comments_of(Settings):
         for line in inspect.getsource(cls).splitlines():
             if found := re.match(r"    (\w+): [^#]*#\s*(.*)", line):
                 comments[found[1]] = found[2]
-                headings[found[1]], above = above, ""
+                headings.setdefault(found[1], above)  # a field stays where it was defined first
+                above = ""
             elif found := re.match(r"    # (.*)", line):
                 above = found[1]
             elif line.startswith("    def "):

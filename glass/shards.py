@@ -149,8 +149,9 @@ def open_prepared(name, folder):
         raise ValueError(
             f"vocab_size={meta['vocab_size']} but the tokenizer has {tokenizer.vocab_size} ids"
         )
-    identity = meta["tokenizer"], meta, splits, bytes_per_token, meta["sha256"]
-    return Dataset(folder, tokenizer, *identity)
+    return Dataset(
+        folder, tokenizer, meta["tokenizer"], meta, splits, bytes_per_token, sha256=meta["sha256"]
+    )
 
 
 def map_own_shard(path, tokens, dtype):
@@ -194,8 +195,15 @@ def open_foreign(name, folder):
     for shard in splits["train"] + splits["val"]:
         digest.update(shard[:1_000_000].tobytes())
     meta = dict(kind="text", name=str(name), dtype="<u2", vocab_size=GPT2_VOCAB_SIZE, files=sizes)
-    identity = tokenizer.to_dict(), meta, splits, bytes_per_token, digest.hexdigest()
-    return Dataset(folder, tokenizer, *identity)
+    return Dataset(
+        folder,
+        tokenizer,
+        tokenizer.to_dict(),
+        meta,
+        splits,
+        bytes_per_token,
+        sha256=digest.hexdigest(),
+    )
 
 
 def has_header(path):
@@ -258,8 +266,8 @@ class Windows:
         if not self.epoch_rows:
             longest = max((len(shard) for shard in shards), default=0)
             raise ValueError(
-                f"the longest shard of training text has {longest} tokens but block_size={block_size} needs "
-                "one more than that: lower block_size or add text"
+                f"block_size={block_size} needs {block_size + 1} tokens of training text in a row, and the "
+                f"longest shard has {longest}: lower block_size or add text"
             )
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (one object per run)
