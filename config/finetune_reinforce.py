@@ -1,5 +1,5 @@
 # config/finetune_reinforce.py: sums of three numbers, of which the base has seen one in three worked out (GRPO)
-# expect 93.5% of 983 test sums to be right after 20.8%, in 70 s on two cores of an AMD Zen 5 server
+# expect 93.5% of 983 test sums to be right after 20.8%, in 65 s on two cores of an AMD Zen 5 server
 task = "reinforce"
 dataset = "totals"
 reward = "glass/tasks.py"  # the result alone counts
