@@ -675,7 +675,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunked_cross_entropy(head, x, targets, chunk):
     """(the same loss, None), in less memory."""
-    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    trains = torch.is_grad_enabled()  # apply() cannot see that of weights
+    weights = [weight for weight in head.parameters() if weight.requires_grad and trains]
     return ChunkedCrossEntropy.apply(head, chunk, x, targets, *weights), None
 
 

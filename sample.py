@@ -353,7 +353,7 @@ def main(argv):
     loaded = load_model(settings, torch.float32 if exact else None)
     if settings.export == "":
         raise ValueError("export='' names no folder: give one")
-    is_gguf = (settings.export or "").endswith(".gguf")
+    is_gguf = (settings.export or "").lower().endswith(".gguf")
     if settings.export and settings.quantize and not is_gguf:
         raise ValueError(
             f"quantize={settings.quantize} does nothing to an export but a .gguf: "

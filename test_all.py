@@ -564,7 +564,7 @@ def test_loss_in_chunks_has_the_gradients_of_the_whole(loss_chunk):
 
 
 @pytest.mark.parametrize("frozen", ["", "head", "all but the head"])
-def test_loss_in_chunks_computes_logits_once_and_keeps_none(frozen):
+def test_loss_in_chunks_computes_logits_once_and_keeps_none(monkeypatch, frozen):
     chunked, whole = (tiny_model(tie_weights=False, loss_chunk=chunk) for chunk in (4, None))
     for model in (chunked, whole):
         for name, p in model.named_parameters():
@@ -586,6 +586,7 @@ def test_loss_in_chunks_computes_logits_once_and_keeps_none(frozen):
     assert not logits_kept[0] and (24, 61) in logits_kept[1]
     for p, q in zip(chunked.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0)
+    monkeypatch.setattr(torch.autograd, "grad", None)  # an evaluation takes none
     with torch.no_grad():
         assert chunked(idx, targets)[1].item() == pytest.approx(3 * losses[0].item(), abs=1e-6)
 
@@ -2351,6 +2352,38 @@ def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys, teachers):
     assert_same(whole, parts)
 
 
+def test_a_teacher_is_neither_overwritten_nor_changed_unnoticed(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--out_dir=out/t"], capsys)
+    before = final_state("out/t")
+    words = [*TINY_RUN, "--out_dir=out/t", "--teachers= out/t"]
+    status, _, err = run_main(train.main, [*words, "--overwrite=True"], capsys)
+    assert status == 2 and "names out/t, which this run writes" in err and err.count("\n") == 1, err
+    status, _, err = resume("out/t", capsys, "--teachers=out/t", "--max_iters=9")
+    assert status == 2 and "names out/t, which this run writes" in err, err
+    assert_same(final_state("out/t"), before)
+    run_main(train.main, [*TINY_RUN, "--teachers=out/t", "--max_iters=4"], capsys)
+    shutil.copytree("out/t", "out/as_it_was")
+    resume("out/t", capsys, "--max_iters=12", "--lr_decay_iters=12")
+    learned = final_state("out/small")
+    status, _, err = resume("out/small", capsys, "--max_iters=6")
+    assert status == 2 and "out/t has changed since this run learned from it" in err, err
+    assert_same(final_state("out/small"), learned)
+    status, _, err = resume("out/small", capsys, "--max_iters=6", "--teachers=out/as_it_was")
+    assert status == 0, err
+
+
+def test_a_model_with_the_same_tokens_teaches_though_it_was_exported(workdir, capsys):
+    run_main(train.main, [*TINY_RUN, "--out_dir=out/t", "--eval_interval=6"], capsys)
+    run_main(sample.main, ["--out_dir=out/t", "--export=out/exported"], capsys)
+    for name in ("t", "exported"):
+        words = [*TINY_RUN, f"--teachers=out/{name}", f"--out_dir=out/of_{name}", "--max_iters=5"]
+        status, _, err = run_main(train.main, words, capsys)
+        assert status == 0, err
+    ours, theirs = final_state("out/of_t")["model"], final_state("out/of_exported")["model"]
+    for name in ours:  # their logits are not equal to the bit
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -2358,7 +2391,7 @@ def test_a_run_with_teachers_resumes_to_the_bit(workdir, capsys, teachers):
         ("--teachers=ngrams --loss_chunk=9", "loss_chunk=9 does not go with teachers=ngrams"),
         ("--teachers=out/t,", "teachers=out/t, has an empty name: leave out a comma"),
         ("--teachers=Ngram", "teachers: Ngram is no folder: did you mean ngrams?"),
-        ("--teachers=out/t,out/other", "out/other has other tokens than the dataset"),
+        ("--teachers=out/t,out/other", "in the dataset but"),
         ("--teachers=out/t --block_size=32", "block_size=16, and this run 32"),
         ("--teacher_weight=1.5", "teacher_weight=1.5 must lie in [0, 1]"),
     ],

@@ -28,14 +28,14 @@ from glass.device import (
     join_processes,
     keep_freed_memory,
 )
-from glass.distill import Teachers, distillation_loss
+from glass.distill import Teachers, distillation_loss, teacher_names
 from glass.files import first_line, write_json
 from glass.generate import generate
 from glass.progress import Progress, described, import_wandb, say
 from glass.run import Run, StopSignals, claim_folder, resumed_config, settle
 from glass.settings import errors_in_one_line, read_arguments, read_config_file, with_role
 from glass.shards import Windows, evaluation_batches, open_dataset
-from glass.weights import load_tokenizer
+from glass.weights import check_same_tokens, load_tokenizer
 from model import GPT, Free, GPTConfig, Tunable, count_parameters, model_config, require
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config" / "pydoc_char.py"
@@ -150,7 +150,7 @@ class Pretraining:
             say(f"{n} training shards are no longer than block_size={s.block_size}: left out")
         self.teachers = None
         if s.teachers:
-            names = s.teachers.split(",")
+            names = teacher_names(s.teachers)
             self.teachers = Teachers(names, dataset.tokenizer, self.windows, device)
             say(f"teachers={s.teachers} make {s.teacher_weight:.0%} of the train loss")
 
@@ -158,10 +158,17 @@ class Pretraining:
         pass
 
     def state(self):
-        return {}
+        return {"teachers": self.teachers.sha256} if self.teachers else {}
 
     def restore(self, model, saved):
-        pass
+        """ValueError where a teacher is no longer what it was: the run would end in other weights."""
+        now = self.teachers.sha256 if self.teachers else {}
+        for name, sha256 in saved.get("teachers", {}).items():
+            if now.get(name, sha256) != sha256:
+                raise ValueError(
+                    f"teachers: {name} has changed since this run learned from it: give it back "
+                    "as it was, or name a folder with other teachers"
+                )
 
     def take_figures(self):
         return {}
@@ -464,19 +471,7 @@ def check_tokenizer(name, tokenizer):
     except (OSError, ValueError) as error:
         say(f"the tokenizer of {name} cannot be compared with the dataset's: {error}")
         return
-
-    def as_bytes(tokens):
-        return [token if isinstance(token, bytes) else token.encode() for token in tokens]
-
-    ours, theirs = as_bytes(tokenizer.tokens), as_bytes(published.tokens)
-    wrong = [i for i, token in enumerate(ours) if i >= len(theirs) or token != theirs[i]]
-    if wrong:
-        i = wrong[0]
-        their_token = theirs[i] if i < len(theirs) else None
-        raise ValueError(
-            f"token {i} is {ours[i]!r} in the dataset but {their_token!r} in {name}: "
-            "prepare the text with the tokenizer of these weights"
-        )
+    check_same_tokens(tokenizer, published, name)
 
 
 def say_settings(settings):
@@ -503,6 +498,13 @@ def start(settings, chosen, model, way, task, processes, state):
             f"overwrite=True would remove {settings.out_dir}, which init_from names: "
             "choose another out_dir"
         )
+    if settings.teachers and (settings.overwrite or state):
+        folders = [Path(name).resolve() for name in teacher_names(settings.teachers)]
+        if Path(settings.out_dir).resolve() in folders:
+            raise ValueError(
+                f"teachers={settings.teachers} names {settings.out_dir}, which this run writes: "
+                "choose another out_dir"
+            )
     if processes.is_main:
         settings, lock = claim_folder(settings, state)
     run = Run(settings, chosen | {"out_dir": settings.out_dir}, model, way, task, processes)

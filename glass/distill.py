@@ -7,6 +7,7 @@ where text is short, Kim et al. 2025, arXiv:2509.14786.
 """
 
 import difflib
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from glass.device import free_memory
 from glass.ngrams import ngram_probs
-from glass.weights import load_model
+from glass.weights import check_same_tokens, load_model, weights_sha256
 
 NGRAMS = "ngrams"
 
@@ -28,22 +29,12 @@ class Teachers:
         Raises ValueError if a model has other tokens than `tokenizer` or a shorter block, or if
         there is no memory for the counts.
         """
-        self.models, self.by_counts, block_size = [], None, windows.T
+        self.models, self.by_counts = {}, None
         for folder in names:
-            if folder == NGRAMS:
-                continue
-            check_name(folder, names)
-            model, its_tokenizer, _ = load_model(folder)
-            if its_tokenizer.to_dict() != tokenizer.to_dict():
-                raise ValueError(
-                    f"teachers: {folder} has other tokens than the dataset: name a run on this dataset"
-                )
-            if model.config.block_size < block_size:
-                raise ValueError(
-                    f"teachers: {folder} has block_size={model.config.block_size}, and this run "
-                    f"{block_size}: add --block_size={model.config.block_size}"
-                )
-            self.models.append(model.to(device).eval().requires_grad_(False))
+            if folder != NGRAMS:
+                model = load_teacher(folder, tokenizer, windows.T)
+                self.models[folder] = model.to(device).eval().requires_grad_(False)
+        self.sha256 = {folder: weights_sha256(model) for folder, model in self.models.items()}
         if NGRAMS in names:
             check_counts(sum(map(len, windows.shards)), tokenizer.vocab_size)
             text = torch.from_numpy(windows.text())
@@ -55,24 +46,48 @@ class Teachers:
 
         places (B,): where in the training text the rows begin.
         """
-        found = [model(idx)[0].softmax(-1) for model in self.models]  # (B, T, V) each
+        found = [model(idx)[0].softmax(-1) for model in self.models.values()]
         if self.by_counts is not None:
             following = places[:, None] + torch.arange(1, idx.shape[1] + 1)  # (B, T)
             found.append(self.by_counts[following].to(idx.device).float())
-        return sum(found) / len(found)
+        return sum(found) / len(found)  # of (B, T, V) each
 
 
-def check_name(name, names):
-    """ValueError for a name of a teacher that was mistyped."""
-    if not name:
-        raise ValueError(f"teachers={','.join(names)} has an empty name: leave out a comma")
-    if not Path(name).exists() and difflib.get_close_matches(name.lower(), [NGRAMS]):
-        raise ValueError(f"teachers: {name} is no folder: did you mean {NGRAMS}?")
+def teacher_names(teachers):
+    """The names that the setting joins by commas, as a list."""
+    names = [name.strip() for name in teachers.split(",")]
+    if "" in names:
+        raise ValueError(f"teachers={teachers} has an empty name: leave out a comma")
+    return names
+
+
+def load_teacher(folder, tokenizer, block_size):
+    """A model with the tokens of `tokenizer` and at least block_size positions, else ValueError."""
+    if not Path(folder).exists() and difflib.get_close_matches(folder.lower(), [NGRAMS]):
+        raise ValueError(f"teachers: {folder} is no folder: did you mean {NGRAMS}?")
+    try:
+        model, its_tokenizer, _ = load_model(folder)
+        check_same_tokens(tokenizer, its_tokenizer, folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teachers: {error}") from error
+    config = model.config
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"teachers: {folder} predicts {config.vocab_size:,} tokens, and the dataset has "
+            f"{tokenizer.vocab_size:,}: name a run on this dataset"
+        )
+    if config.block_size < block_size:
+        raise ValueError(
+            f"teachers: {folder} has block_size={config.block_size}, and this run {block_size}: "
+            f"add --block_size={config.block_size}"
+        )
+    return model
 
 
 def check_counts(n_tokens, vocab_size):
     """ValueError where ngram_probs would need more memory than there is."""
     needed, free = 12 * n_tokens * vocab_size, free_memory(torch.device("cpu"))
+    free = free and free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process counts
     if free is not None and needed > free:
         raise ValueError(
             f"teachers: {NGRAMS} of {n_tokens:,} tokens of {vocab_size:,} kinds need "

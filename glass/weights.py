@@ -503,8 +503,12 @@ def save_adapter(model, path, writes=True):
 
 def blocks_sha256(model):
     """The sha256 of the blocks' weights in float32, except LoRA's. Training LoRA keeps it equal."""
+    return weights_sha256(model.blocks)
+
+
+def weights_sha256(module):
     digest = hashlib.sha256()
-    for name, tensor in model.blocks.state_dict().items():
+    for name, tensor in module.state_dict().items():
         if ".lora_" not in name:
             digest.update(whole(tensor.detach()).float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -582,6 +586,23 @@ def load_tokenizer(source):
     if layout is GPT2 and shape.vocab_size == 50257:
         return bpe.BPETokenizer.from_gpt2()
     raise ValueError(f"{folder} has no {TOKENIZER}: download it into the folder")
+
+
+def check_same_tokens(tokenizer, published, name):
+    """ValueError where an id of the tokenizer is another token in `published`, that of `name`."""
+
+    def as_bytes(tokens):
+        return [token if isinstance(token, bytes) else token.encode() for token in tokens]
+
+    ours, theirs = as_bytes(tokenizer.tokens), as_bytes(published.tokens)
+    wrong = [i for i, token in enumerate(ours) if i >= len(theirs) or token != theirs[i]]
+    if wrong:
+        i = wrong[0]
+        their_token = theirs[i] if i < len(theirs) else None
+        raise ValueError(
+            f"token {i} is {ours[i]!r} in the dataset but {their_token!r} in {name}: "
+            "prepare the text with the tokenizer of these weights"
+        )
 
 
 def stop_ids(name_or_folder):
