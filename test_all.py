@@ -2388,6 +2388,7 @@ def test_a_model_with_the_same_tokens_teaches_though_it_was_exported(workdir, ca
     ("words", "expected"),
     [
         ("--teachers=out/none", "out/none"),
+        ("--teacher_weight=0.3", "teacher_weight=0.3 does nothing without teachers"),
         ("--teachers=ngrams --loss_chunk=9", "loss_chunk=9 does not go with teachers=ngrams"),
         ("--teachers=out/t,", "teachers=out/t, has an empty name: leave out a comma"),
         ("--teachers=Ngram", "teachers: Ngram is no folder: did you mean ngrams?"),

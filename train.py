@@ -149,7 +149,7 @@ class Pretraining:
         if n := self.windows.n_left_out:
             say(f"{n} training shards are no longer than block_size={s.block_size}: left out")
         self.teachers = None
-        if s.teachers:
+        if s.teachers and not s.eval_only:
             names = teacher_names(s.teachers)
             self.teachers = Teachers(names, dataset.tokenizer, self.windows, device)
             say(f"teachers={s.teachers} make {s.teacher_weight:.0%} of the train loss")
@@ -561,6 +561,11 @@ def with_model(settings, chosen, config, options):
 def main(argv):
     given, options = read_settings(argv)
     settings, chosen, state = settle(given, Settings, Pretraining.script)
+    if "teacher_weight" in options and not settings.teachers:
+        raise ValueError(
+            f"teacher_weight={settings.teacher_weight} does nothing without teachers: name them "
+            "with --teachers, or leave it out"
+        )
     G = settings.batch_size * settings.gradient_accumulation_steps
     if G % count_processes():
         raise ValueError(
