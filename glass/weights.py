@@ -501,17 +501,18 @@ def save_adapter(model, path, writes=True):
         )
 
 
-def blocks_sha256(model):
-    """The sha256 of the blocks' weights in float32, except LoRA's. Training LoRA keeps it equal."""
-    return weights_sha256(model.blocks)
-
-
 def weights_sha256(module):
+    """The sha256 of a module's weights in float32, except LoRA's."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if ".lora_" not in name:
             digest.update(whole(tensor.detach()).float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def blocks_sha256(model):
+    """The sha256 of a model's blocks, which training LoRA keeps equal."""
+    return weights_sha256(model.blocks)
 
 
 def load_adapter(model, path):
