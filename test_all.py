@@ -6672,7 +6672,8 @@ def test_windows_fit_into_short_texts(tokens):
     rows = windows.rows(0, 50)
     assert (np.diff(rows) == 1).all() and rows.max() < tokens
     with pytest.raises(
-        ValueError, match="the longest shard of training text has 8 tokens but block_size=8"
+        ValueError,
+        match="block_size=8 needs 9 tokens of training text in a row, and the longest shard has 8",
     ):
         shards.Windows([np.arange(8, dtype=np.uint16)], 8, seed=0)
 
