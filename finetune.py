@@ -816,6 +816,10 @@ def main(argv):
     settings, chosen, state = settle(given, Settings, Stage.script)
     s, device = settings, choose_device(settings.device)
     context = autocast(device, choose_dtype(s.dtype, device))
+    if not state and not checkpoint.checkpoint_files(s.init_from):
+        weights.find_folder(
+            s.init_from
+        )  # before a dataset is prepared for a base that is not there
     records = read_records(s)
     if state and state["data"] != records.sha256:
         raise ValueError(

@@ -3728,8 +3728,9 @@ def test_sizes_without_sense_are_refused_before_anything_is_made(long_base, caps
 
 
 def test_a_base_that_is_not_trained_yet_is_called_that(base, capsys):
-    status, _, err = tune("instruct", capsys, "--init_from=out/nosuch")
+    status, _, err = tune("instruct", capsys, "--init_from=out/nosuch", "--dataset=totals")
     assert status == 2 and "out/nosuch holds no run yet: train it first" in err
+    assert not Path("data/totals").exists()  # nothing is prepared for it
 
 
 def test_a_published_config_is_checked_by_type(tmp_path):
