@@ -817,9 +817,8 @@ def main(argv):
     s, device = settings, choose_device(settings.device)
     context = autocast(device, choose_dtype(s.dtype, device))
     if not state and not checkpoint.checkpoint_files(s.init_from):
-        weights.find_folder(
-            s.init_from
-        )  # before a dataset is prepared for a base that is not there
+        # before a dataset is prepared for a base that is not there
+        weights.find_folder(s.init_from)
     records = read_records(s)
     if state and state["data"] != records.sha256:
         raise ValueError(

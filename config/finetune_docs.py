@@ -1,5 +1,5 @@
 # config/finetune_docs.py: what Python's library does, asked in many phrasings; the base is config/docs.py's
-# expect 96% of first sentences, 95% of arguments, 98% of modules (bench.py docs), in 13 minutes on two Zen 5 cores
+# expect 96% of first sentences, 95% of arguments, 98% of modules (bench.py docs), in 14 minutes on two Zen 5 cores
 task = "instruct"
 dataset = "docs"
 init_from = "out/docs"

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from glass.device import free_memory
 from glass.ngrams import ngram_probs
-from glass.weights import check_same_tokens, load_model, weights_sha256
+from glass.starting import check_same_tokens
+from glass.weights import load_model, weights_sha256
 
 NGRAMS = "ngrams"
 

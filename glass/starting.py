@@ -8,7 +8,7 @@ from glass import parallel
 from glass.device import choose_dtype, free_memory
 from glass.progress import say
 from glass.run import resumed_config
-from glass.weights import check_same_tokens, load_tokenizer
+from glass.weights import load_tokenizer
 from model import GPT, count_parameters, model_config
 
 FRESH = ("scratch", "auto")  # the values of init_from that begin with new weights
@@ -63,6 +63,23 @@ def check_tokenizer(name, tokenizer):
         say(f"the tokenizer of {name} cannot be compared with the dataset's: {error}")
         return
     check_same_tokens(tokenizer, published, name)
+
+
+def check_same_tokens(tokenizer, published, name):
+    """ValueError where an id of the tokenizer is another token in `published`, that of `name`."""
+
+    def as_bytes(tokens):
+        return [token if isinstance(token, bytes) else token.encode() for token in tokens]
+
+    ours, theirs = as_bytes(tokenizer.tokens), as_bytes(published.tokens)
+    wrong = [i for i, token in enumerate(ours) if i >= len(theirs) or token != theirs[i]]
+    if wrong:
+        i = wrong[0]
+        their_token = theirs[i] if i < len(theirs) else None
+        raise ValueError(
+            f"token {i} is {ours[i]!r} in the dataset but {their_token!r} in {name}: "
+            "prepare the text with the tokenizer of these weights"
+        )
 
 
 def check_dataset(settings, dataset, given, state):

@@ -589,23 +589,6 @@ def load_tokenizer(source):
     raise ValueError(f"{folder} has no {TOKENIZER}: download it into the folder")
 
 
-def check_same_tokens(tokenizer, published, name):
-    """ValueError where an id of the tokenizer is another token in `published`, that of `name`."""
-
-    def as_bytes(tokens):
-        return [token if isinstance(token, bytes) else token.encode() for token in tokens]
-
-    ours, theirs = as_bytes(tokenizer.tokens), as_bytes(published.tokens)
-    wrong = [i for i, token in enumerate(ours) if i >= len(theirs) or token != theirs[i]]
-    if wrong:
-        i = wrong[0]
-        their_token = theirs[i] if i < len(theirs) else None
-        raise ValueError(
-            f"token {i} is {ours[i]!r} in the dataset but {their_token!r} in {name}: "
-            "prepare the text with the tokenizer of these weights"
-        )
-
-
 def stop_ids(name_or_folder):
     """The ids that end a text, as a list: from generation_config.json, else from config.json.
 
