@@ -344,29 +344,46 @@ def auto_attention(q, k, v, mask, dropout):
 ATTENTION = {"auto": auto_attention, "sdpa": sdpa_attention, "explicit": explicit_attention}
 
 
-def side_by_side(q, k, change):
-    """Apply `change` to queries and keys in one float32 tensor: half the operations.
-
-    q (B, T, H, D), k (B, T, Hkv, D) -> the same shapes and dtype.
-    """
-    qk = torch.cat([q, k], dim=2).float()  # (B, T, H + Hkv, D)
-    return change(qk).to(q.dtype).split([q.shape[2], k.shape[2]], dim=2)
-
-
 def keep(q, k, rotation):
     return q, k
 
 
 def rotate(q, k, rotation):
-    return side_by_side(q, k, lambda qk: apply_rope(qk, *rotation))
+    return tuple(apply_rope(x.float(), *rotation).to(x.dtype) for x in (q, k))
 
 
 def normalise(q, k, rotation):
-    return side_by_side(q, k, lambda qk: F.rms_norm(qk, qk.shape[-1:]))
+    return tuple(F.rms_norm(x.float(), x.shape[-1:]).to(x.dtype) for x in (q, k))
+
+
+class NormalisedRotation(torch.autograd.Function):
+    """A head divided by its root mean square, then rotated: x (B, T, H, D) -> the same.
+
+    A rotation keeps lengths. So the result is the rotated x over rms(x), and the backward pass
+    needs only the result and 1 / rms(x): that of a norm, then a rotation back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        wide, eps = x.float(), torch.finfo(torch.float32).eps  # as in F.rms_norm
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+        scale = (mean_square + eps).rsqrt()  # (B, T, H, 1)
+        y = apply_rope(wide * scale, cos, sin).to(x.dtype)
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, scale, cos, sin = ctx.saved_tensors
+        wide, y = grad.float(), y.float()
+        share = (wide * y).mean(-1, keepdim=True)  # of y in the gradient, which the norm takes out
+        wide = torch.addcmul(wide, y, share, value=-1) * scale
+        return apply_rope(wide, cos, -sin).to(grad.dtype), None, None
 
 
 def normalise_and_rotate(q, k, rotation):
-    return side_by_side(q, k, lambda qk: apply_rope(F.rms_norm(qk, qk.shape[-1:]), *rotation))
+    return tuple(NormalisedRotation.apply(x, *rotation) for x in (q, k))
 
 
 QUERIES_KEYS = {  # by (qk_norm, pos): what happens to queries and keys before their product

@@ -349,6 +349,42 @@ def test_rope_equals_rotation_by_complex_numbers_and_depends_on_distance_alone()
     torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-4])  # below, the norm's eps counts
+def test_norm_and_rotation_in_one_equal_both_in_turn(size):
+    torch.manual_seed(0)
+    x = (size * torch.randn(2, 7, 3, 8)).requires_grad_()  # (B, T, H, D)
+    rotation = rope_rotation(torch.rand(7, 1, 4))
+    in_turn = apply_rope(F.rms_norm(x, (8,)), *rotation)
+    in_one, same = model_module.normalise_and_rotate(x, x, rotation)
+    assert torch.equal(in_one, same)
+    torch.testing.assert_close(in_one, in_turn)
+    ahead = torch.randn_like(x)
+    grads = [torch.autograd.grad(y, x, ahead)[0] for y in (in_one, in_turn)]
+    torch.testing.assert_close(*grads, atol=2e-6 / size, rtol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_attention_has_the_same_gradients():
+    # with queries and keys rotated in one tensor, torch 2.13 made NaN of them at this size
+    torch.manual_seed(0)
+    rotation = rope_rotation(torch.arange(256.0)[:, None, None] * torch.rand(32))
+    mask = model_module.causal_mask(torch.arange(256), 256)
+
+    def attend(q, k, v):
+        q, k = model_module.normalise_and_rotate(q, k, rotation)
+        heads = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, T, D)
+        return model_module.explicit_attention(*heads, mask, torch.nn.Identity())
+
+    given = [torch.randn(4, 256, 3, 64).bfloat16().requires_grad_() for _ in range(3)]
+    ahead = torch.randn(4, 3, 256, 64).bfloat16()
+    both = [
+        torch.autograd.grad(function(*given), given, ahead)
+        for function in (attend, torch.compile(attend, dynamic=False))
+    ]
+    for eager, compiled in zip(*both, strict=True):
+        assert (eager - compiled).norm() < 0.01 * eager.norm()
+
+
 def test_rope_angles_stay_float32_in_a_bfloat16_model():
     model = tiny_model(pos="rope").to(torch.bfloat16)
     assert model.pos_emb.frequencies.dtype == torch.float32 and model.pos_emb.frequencies[

@@ -1,7 +1,6 @@
 """Optimizers: Muon, AdamW, which weights each of them updates, and the learning rate of a step."""
 
 import math
-from functools import partial
 
 import torch
 
@@ -51,28 +50,32 @@ def orthogonalise(matrices):
     is_fast = choose_dtype("auto", matrices.device) == torch.bfloat16
     x = matrices.bfloat16() if is_fast else matrices.float()
     is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x
     # no singular value above 1, even when rounded
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLYNOMIALS:
-        gram = x @ x.mT
+        gram = x.mT @ x if is_tall else x @ x.mT  # the smaller of the two
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if is_tall else x
+        x = torch.baddbmm(x, *((x, polynomial) if is_tall else (polynomial, x)), beta=a)
+    return x
 
 
-def with_even_rows(beta2, batch):
-    """NorMuon: `orthogonalise`, then each row divided by the root of its mean square over time.
+def with_even_rows(updates, squares, beta2):
+    """NorMuon: each row of the updates divided by the root of its mean square over time.
 
-    batch (n, rows, columns + 1) has that running mean square in its last column, and so has the
-    result, updated with beta2. The Frobenius norm stays that of the orthogonalised matrix. Source:
-    arXiv:2510.05491.
+    updates (n, rows, columns), squares (n, rows, 1): that mean square so far. Gives both, new. The
+    Frobenius norm of an update stays what it was. Source: arXiv:2510.05491.
     """
-    update = orthogonalise(batch[..., :-1]).to(batch.dtype)
-    squares = batch[..., -1:].lerp(update.square().mean(-1, keepdim=True), 1 - beta2)
-    even = update / (squares.sqrt() + 1e-10)
-    norm, even_norm = (each.norm(dim=(1, 2), keepdim=True) for each in (update, even))
-    return torch.cat((even * (norm / (even_norm + 1e-10)), squares), -1)
+    row_norms = torch.linalg.vector_norm(updates, dim=-1, keepdim=True, dtype=torch.float32)
+    squares = squares.lerp(row_norms.square() / updates.shape[-1], 1 - beta2)
+    factors = 1 / (squares.sqrt() + 1e-10)  # (n, rows, 1)
+    norm, even_norm = (each.norm(dim=1, keepdim=True) for each in (row_norms, factors * row_norms))
+    return updates * (factors * (norm / (even_norm + 1e-10))), squares
+
+
+def updates_and_squares(ahead, squares, beta2):
+    """The updates of a batch (n, rows, columns), and the mean squares of its rows, if any."""
+    updates = orthogonalise(ahead)
+    return with_even_rows(updates, squares, beta2) if beta2 else (updates, squares)
 
 
 class Muon(torch.optim.Optimizer):
@@ -109,21 +112,25 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's look ahead
         rows, columns = first.shape
-        make_updates, squares = orthogonalise, []
+        squares = [p[:, :0] for p in matrices]  # none
         if group["beta2"]:
-            make_updates = partial(with_even_rows, group["beta2"])
             squares = [local(self.state[p]["row_squares"]) for p in params]
-            ahead = [torch.cat(pair, 1) for pair in zip(ahead, squares, strict=True)]
-        if is_shard(first):
-            updates = on_whole_matrices(make_updates, ahead, first)
+        if is_shard(first):  # the squares travel as a last column
+
+            def make(batch):
+                ahead, squares = batch[..., :columns].contiguous(), batch[..., columns:]
+                return torch.cat(updates_and_squares(ahead, squares, group["beta2"]), -1)
+
+            joined = [torch.cat(pair, 1) for pair in zip(ahead, squares, strict=True)]
+            joined = torch.stack(on_whole_matrices(make, joined, first))
+            updates, new_squares = joined[..., :columns], joined[..., columns:]
         else:
-            updates = make_updates(torch.stack(ahead)).to(first.dtype)  # (n, rows, columns)
-        for square, update in zip(squares, updates, strict=False):  # no squares without beta2
-            square.copy_(update[:, columns:])
-        updates = [update[:, :columns] for update in updates]
+            batch = torch.stack(ahead), torch.stack(squares)
+            updates, new_squares = updates_and_squares(*batch, group["beta2"])
+        torch._foreach_copy_(squares, list(new_squares))
         scale = max(1, rows / columns) ** 0.5
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, updates, alpha=-group["lr"] * scale)
+        torch._foreach_add_(matrices, list(updates.to(first.dtype)), alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, settings):
