@@ -29,6 +29,7 @@ from glass.device import (
 )
 from glass.distill import Teachers, distillation_loss, teacher_names
 from glass.files import first_line, write_json
+from glass.fused import fuse
 from glass.generate import generate
 from glass.progress import Progress, described, import_wandb, say
 from glass.run import Run, StopSignals, claim_folder, settle
@@ -347,10 +348,15 @@ def glances(settings):
     return interval, n_rows
 
 
-def compile_in_place(run):
-    """Compile the model if asked to, or on a GPU by 'auto'. Where that fails, say so and go on."""
+def speed_up(run):
+    """Compile the model if asked to, or on a GPU by 'auto'. Where that fails, say so and go on.
+
+    On a CPU that does not compile, a C file does part of the work.
+    """
     s, model = run.settings, run.model
     if s.compile is False or (s.compile == "auto" and model.device.type != "cuda"):
+        if run.way not in parallel.SHARED:
+            fuse(model)
         return
     rows = run.task.rows(0, s.batch_size)
     compiled = model.blocks if run.way in parallel.SHARED else [model]
@@ -507,7 +513,7 @@ def main(argv):
         processes.leave()
         return 0
     run, lock = start(settings, chosen, model, way, task, processes, state)
-    compile_in_place(run)
+    speed_up(run)
     progress = Progress(run)
     stop = train(run, progress)
     progress.close(stop)

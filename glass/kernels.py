@@ -1,4 +1,4 @@
-"""kernels.c, built by this machine's C compiler at first use: products and attention of few rows.
+"""kernels.c and fused.c, built by this machine's C compiler at first use; and calls of kernels.c.
 
     if can_multiply(x):  # there is a compiler; else torch does the work
         y = multiply_rows(weight, x)
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "fused.c", "kernels.h")]
 FLAGS = "-O3 -march=native -ffp-contract=fast -fopenmp -fPIC -c".split()
 HUGE = 1 << 21  # bytes of a huge page
 MOST_ROWS = 16  # above, torch's product of matrices is faster
@@ -34,7 +34,7 @@ def library():
     compiler, openmp = shutil.which("cc") or shutil.which("gcc"), loaded_openmp()
     if compiler is None or openmp is None:
         return None
-    text = SOURCE.read_text()
+    text = "".join(source.read_text() for source in SOURCES)
     key = "\n".join([text, compiler, openmp, processor(), *FLAGS])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path = cache_folder() / name
@@ -47,16 +47,24 @@ def library():
 
 
 def build(compiler, openmp, path):
-    """Compile SOURCE into a library at path, which appears only when it is whole."""
+    """Compile SOURCES into a library at path, which appears only when it is whole."""
+    texts = [str(source) for source in SOURCES if source.suffix == ".c"]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder, "kernels.o"), Path(folder, path.name)
         # linked without -fopenmp, which would bring a second OpenMP beside torch's
         for command in (
-            [compiler, *FLAGS, str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), openmp, "-lm", "-o", str(linked)],
+            [compiler, *FLAGS, *texts],
+            [
+                compiler,
+                "-shared",
+                *(f"{Path(t).stem}.o" for t in texts),
+                openmp,
+                "-lm",
+                "-o",
+                path.name,
+            ],
         ):
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(linked, path)
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+        os.replace(Path(folder, path.name), path)
 
 
 def cache_folder():
