@@ -32,6 +32,7 @@ from glass.device import (
     keep_freed_memory,
 )
 from glass.files import read_function, write_json
+from glass.fused import fuse
 from glass.generate import answer, padded
 from glass.progress import Progress, described, draw_confusion, say, warned_about
 from glass.records import read_records, spread
@@ -851,6 +852,8 @@ def main(argv):
         if processes.is_main:
             say(f"test, before: {described(stage.test_before)}")
     progress = Progress(run)
+    if way not in parallel.SHARED:
+        fuse(model)
     stop = train.train(run, progress)
     progress.close(stop)
     run.check_saved()

@@ -64,6 +64,7 @@ from glass import (
     docs,
     draft,
     files,
+    fused,
     generate,
     intervals,
     items,
@@ -7716,6 +7717,60 @@ def test_the_kernel_leaves_denormal_numbers_alone():
     assert (smallest * 1.0).item() > 0 and np.float32(1e-45) * np.float32(1) > 0
     tiny = kernels.multiply_rows(torch.full((1, 16), 1e-30), torch.full((1, 16), 1e-12))
     assert 0 < tiny.item() < 1.2e-38
+
+
+TRAINED = dict(n_kv_head=2, pos="rope", qk_norm=True, embed_skip=True, n_embd=64, block_size=48)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_training_computes_what_model_py_does(dtype):
+    model = tiny_model(**TRAINED)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    idx, targets = torch.randint(61, (2, 3, 48))
+    targets[0, :20] = -100
+    found = []
+    for fuses in (False, True):
+        if fuses:
+            fused.fuse(model)
+            assert model.cross_entropy is fused.cross_entropy
+            assert model.blocks[1].attn.prepare is fused.normalise_and_rotate
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(idx, targets)[1]
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        with torch.no_grad():
+            assert model(idx[:1], targets[:1])[1].isfinite()
+    for own, of_c in zip(*found, strict=True):
+        close = 1e-5 if dtype == torch.float32 else 0.03
+        assert (own - of_c).norm() < close * own.norm()
+
+
+@needs_compiler
+def test_the_fused_loss_is_that_of_torch_for_all_logits():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(7, 37, bias=False)  # no multiple of a vector's length
+    for size in (0.1, 1e4):
+        x = (size * torch.randn(5, 7)).requires_grad_()
+        targets = torch.tensor([0, 36, -100, 5, 5])
+        found = []
+        for loss, _ in (
+            model_module.cross_entropy(head, x, targets),
+            fused.cross_entropy(head, x, targets),
+        ):
+            found.append([loss, *torch.autograd.grad(3 * loss, [x, head.weight])])
+        torch.testing.assert_close(*found)
+        assert (found[1][1][2] == 0).all()
+    assert fused.cross_entropy(head, x * math.nan, targets)[0].isnan()
+    with pytest.raises(IndexError, match="target 37 must be below 37"):
+        fused.cross_entropy(head, x, targets + 1)
+
+
+def test_without_a_compiler_training_is_torchs(no_compiler):
+    model = tiny_model(**TRAINED)
+    fused.fuse(model)
+    assert model.cross_entropy is model_module.cross_entropy
+    assert model.blocks[0].attn.prepare is model_module.normalise_and_rotate
 
 
 def test_without_a_compiler_torch_multiplies(monkeypatch, tmp_path):

@@ -102,11 +102,10 @@ def embed_skip(own, x, embedded, layer):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The summed loss of x (N, C), whose logits become their gradients in place."""
+    """The summed loss of x (N, C), whose logits, of `dtype`, become their gradients in place."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    def forward(ctx, x, weight, targets, dtype):
         trains = any(ctx.needs_input_grad)
         kept = x.to(dtype), weight.to(dtype)
         logits = kept[0] @ kept[1].T
@@ -123,9 +122,14 @@ class CrossEntropy(torch.autograd.Function):
         x, weight, logits_grad = ctx.saved_tensors
         x_grad, weight_grad = logits_grad @ weight, logits_grad.T @ x
         of_x, of_weight = ctx.dtypes
-        return x_grad.to(of_x).mul_(grad), weight_grad.to(of_weight).mul_(grad), None
+        return x_grad.to(of_x).mul_(grad), weight_grad.to(of_weight).mul_(grad), None, None
 
 
 def cross_entropy(head, x, targets):
-    """model.cross_entropy, without the logits."""
-    return CrossEntropy.apply(x, head.weight, targets.contiguous()), None
+    """model.cross_entropy, without the logits. IndexError if a target is no token."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype not in DTYPES:
+        return parts.cross_entropy(head, x, targets)
+    if targets.max() >= len(head.weight):
+        raise IndexError(f"target {targets.max()} must be below {len(head.weight)}, the vocabulary")
+    return CrossEntropy.apply(x, head.weight, targets.contiguous(), dtype), None
