@@ -7747,6 +7747,23 @@ def test_fused_training_computes_what_model_py_does(dtype):
 
 
 @needs_compiler
+def test_the_gradient_of_a_long_attention_is_that_of_the_explicit_one():
+    torch.manual_seed(0)
+    T = 600  # the last piece is shorter
+    given = [torch.randn(2, T, 3, 16).bfloat16().requires_grad_() for _ in range(3)]
+    mask, none = model_module.causal_mask(torch.arange(T), T), model_module.Dropout(0.0)
+    ahead, found = torch.randn(2, 3, T, 16), []
+    for attend in (fused.attention, model_module.explicit_attention):
+        is_ours = attend is fused.attention
+        heads = [(x if is_ours else x.float()).transpose(1, 2) for x in given]  # (B, H, T, D)
+        y = attend(*heads, mask, none)
+        assert ("LongAttention" in y.grad_fn.name()) == is_ours
+        found.append([y.float(), *torch.autograd.grad(y, given, ahead.to(y.dtype))])
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < 0.01 * exact.norm()
+
+
+@needs_compiler
 def test_the_fused_loss_is_that_of_torch_for_all_logits():
     torch.manual_seed(0)
     head = torch.nn.Linear(7, 37, bias=False)  # no multiple of a vector's length

@@ -1,5 +1,6 @@
 /* What training does to each value beside the products, in one pass over memory instead of torch's
-   many: QK-norm with RoPE, embed_skip, and the loss, with their gradients.
+   many: QK-norm with RoPE, embed_skip, the loss and its gradient, and that of a long
+   attention.
 
    x and what is made of it are float32 or, if half, bfloat16; sums are float32, each in one order
    whatever the number of threads. Built by kernels.py, called by fused.py. */
@@ -93,6 +94,26 @@ void turn_heads_back(const void *grad, const void *y, const float *scale, const 
             }
             write_values(x_grad, (row * h + head) * d, d, half, back);
         }
+    }
+}
+
+/* Scores (n, t, s) of the last t of s positions become their weights: the softmax of factor times those
+   up to the position itself, then zeros. The gradients of these weights become those of the scores. */
+void attention_back(void *scores, void *grads, long n, long t, long s, float factor, int half,
+                    int threads) {
+    EACH for (long row = 0; row < n * t; row++) {
+        long seen = s - t + row % t + 1, whole = seen;
+        float weight[s], wide[s];
+        read_values(scores, row * s, seen, half, weight);
+        read_values(grads, row * s, seen, half, wide);
+        for (; whole < s && whole % LANES; whole++) weight[whole] = -INFINITY; /* whole vectors: faster */
+        float share = 1 / exponentials(weight, whole, factor);
+        for (long i = 0; i < seen; i++) weight[i] *= share;
+        float mean = dot(weight, wide, seen);
+        for (long i = 0; i < seen; i++) wide[i] = factor * weight[i] * (wide[i] - mean);
+        for (long i = seen; i < s; i++) weight[i] = wide[i] = 0;
+        write_values(scores, row * s, s, half, weight);
+        write_values(grads, row * s, s, half, wide);
     }
 }
 
