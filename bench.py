@@ -46,6 +46,7 @@ def main(argv):
             "python bench.py --help says what each measures"
         )
     os.chdir(HOME)
+    sys.argv[0] = f"bench.py {name}"  # what --help says
     importlib.import_module(f"bench.{name}").main(argv[1:])
 
 

@@ -30,9 +30,9 @@ learning_rate = 8e-3  # of AdamW: embedding, norms, head
 lr_shape = "linear"
 min_lr = 0.0
 warmup_iters = 20
-max_iters = 2600
-lr_decay_iters = 2600
+max_iters = 3100
+lr_decay_iters = 3100
 
-eval_interval = 2600
+eval_interval = 3100
 eval_iters = None  # the whole validation split
 log_interval = 50
