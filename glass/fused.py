@@ -21,7 +21,10 @@ PIECE = 256  # queries at a time, of a long sequence
 
 
 def fuse(model):
-    """Let the fused functions replace the model's own, in place, where they are there."""
+    """Let the fused functions replace the model's own, in place, where they are there.
+
+    Then model(idx, targets) gives the loss alone, without logits.
+    """
     if model.device.type != "cpu" or kernels.library() is None:
         return
     if model.cross_entropy is parts.cross_entropy:
