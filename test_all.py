@@ -7103,7 +7103,7 @@ def test_equal_prompts_share_one_prefill_and_differ_only_by_chance():
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_fast_products_equal_the_plain_one(bias, by_kernel, monkeypatch):
     if not by_kernel:
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        monkeypatch.setattr(kernels, "library", lambda name="kernels": None)
     torch.manual_seed(0)
     for N, K in ((7, 16), (64, 32)):
         linear = torch.nn.Linear(K, N, bias=bias)
@@ -7510,7 +7510,7 @@ def test_two_models_are_compared_on_the_same_tokens():
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "library", lambda name="kernels": None)
 
 
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler, or no Linux")
@@ -7570,7 +7570,7 @@ def test_blocks_by_the_kernel_compute_what_blocks_do(settings, quantize, monkeyp
     with torch.no_grad():
         found, stores = decode()
         with monkeypatch.context() as patched:
-            patched.setattr(kernels, "library", lambda: None)
+            patched.setattr(kernels, "library", lambda name="kernels": None)
             expected, expected_stores = decode()
         if quantize is None:
             model.bfloat16()
@@ -7634,7 +7634,7 @@ def repeating_model(**settings):
 )
 def test_guesses_from_the_text_change_nothing_but_the_number_of_steps(by_kernel, how, monkeypatch):
     if not by_kernel:
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        monkeypatch.setattr(kernels, "library", lambda name="kernels": None)
     model = repeating_model(smear=True)
     generate.speed_up(model)
     idx = torch.arange(24)[None] % 7  # 0 1 2 ... 6 0 1 ...
@@ -7695,7 +7695,7 @@ def test_hooks_see_blocks_that_the_kernel_would_take(monkeypatch):
     with torch.no_grad():  # other weights, as after .to(...)
         model.blocks[0].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 128))
     changed = generate.generate(model, idx, 4, temperature=0)
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "library", lambda name="kernels": None)
     assert torch.equal(changed, generate.generate(model, idx, 4, temperature=0))
 
 

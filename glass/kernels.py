@@ -22,49 +22,41 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "fused.c", "kernels.h")]
+FOLDER = Path(__file__).parent
 FLAGS = "-O3 -march=native -ffp-contract=fast -fopenmp -fPIC -c".split()
 HUGE = 1 << 21  # bytes of a huge page
 MOST_ROWS = 16  # above, torch's product of matrices is faster
 
 
 @functools.cache
-def library():
-    """The loaded library, or None where it cannot be built: no Linux, no compiler, no OpenMP."""
+def library(name="kernels"):
+    """NAME.c as a loaded library, or None where it cannot be built: no Linux, compiler or OpenMP."""
     compiler, openmp = shutil.which("cc") or shutil.which("gcc"), loaded_openmp()
     if compiler is None or openmp is None:
         return None
-    text = "".join(source.read_text() for source in SOURCES)
+    source = FOLDER / f"{name}.c"
+    text = source.read_text() + (FOLDER / "kernels.h").read_text()
     key = "\n".join([text, compiler, openmp, processor(), *FLAGS])
-    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    path = cache_folder() / name
+    path = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     with contextlib.suppress(OSError):  # it is not there yet
         return ctypes.CDLL(str(path))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        build(compiler, openmp, path)
+        build(compiler, openmp, source, path)
         return ctypes.CDLL(str(path))
     return None
 
 
-def build(compiler, openmp, path):
-    """Compile SOURCES into a library at path, which appears only when it is whole."""
-    texts = [str(source) for source in SOURCES if source.suffix == ".c"]
+def build(compiler, openmp, source, path):
+    """Compile source into a library at path, which appears only when it is whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder, "compiled.o"), Path(folder, path.name)
         # linked without -fopenmp, which would bring a second OpenMP beside torch's
         for command in (
-            [compiler, *FLAGS, *texts],
-            [
-                compiler,
-                "-shared",
-                *(f"{Path(t).stem}.o" for t in texts),
-                openmp,
-                "-lm",
-                "-o",
-                path.name,
-            ],
+            [compiler, *FLAGS, str(source), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), openmp, "-lm", "-o", str(linked)],
         ):
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
-        os.replace(Path(folder, path.name), path)
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        os.replace(linked, path)
 
 
 def cache_folder():
@@ -170,9 +162,9 @@ def address(tensor):
 
 
 @functools.cache
-def function(name, *arguments):
-    """A C function by its name, with the types of its arguments."""
-    found = getattr(library(), name)
+def function(name, *arguments, file="kernels"):
+    """A C function of `file` by its name, with the types of its arguments."""
+    found = getattr(library(file), name)
     found.argtypes, found.restype = arguments, None
     return found
 

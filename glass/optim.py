@@ -55,7 +55,8 @@ def orthogonalise(matrices):
     for a, b, c in POLYNOMIALS:
         gram = x.mT @ x if is_tall else x @ x.mT  # the smaller of the two
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((x, polynomial) if is_tall else (polynomial, x)), beta=a)
+        left, right = (x, polynomial) if is_tall else (polynomial, x)
+        x = torch.baddbmm(x, left, right, beta=a)
     return x
 
 
